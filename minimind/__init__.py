@@ -1,0 +1,1 @@
+"""MiniMind: train a small Chinese/English chat language model from zero."""

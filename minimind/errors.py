@@ -1,0 +1,26 @@
+"""The one exception that is shown to a person as a sentence instead of a stack trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what is wrong, where, and the mend."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and leave the process with its exit code.
+
+    A `UserError` is printed as one message on stderr and exits with 1; Ctrl-C exits with 130. Anything
+    else is a bug in MiniMind and keeps its stack trace.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
