@@ -1,0 +1,39 @@
+"""Writing files so that a crash, a kill or a full disk never leaves half of one under its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from minimind.errors import UserError
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write` on a file beside `path`, flush it to the disk, and rename it into place.
+
+    Raises: UserError when the disk is full or the folder is not writable; `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,309 @@
+"""The decoder, top to bottom: everything a dense MiniMind computes is in this file.
+
+A Llama-style network (Touvron et al. 2023, arXiv:2302.13971): pre-RMSNorm, rotary positions, grouped-query
+attention, SwiGLU, tied embeddings. Parameter names are Llama's, so a dense model is `LlamaForCausalLM` and
+a mixture of experts (`moe.py`) is `GraniteMoeSharedForCausalLM`.
+
+Shapes: B rows, T positions, H hidden size, N query heads, K key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.config import ModelConfig, YarnScaling
+
+
+class Routing(NamedTuple):
+    """What one mixture-of-experts layer did with a batch (see `moe.py`)."""
+
+    balance_loss: Tensor  # (B,) one value a row, not yet multiplied by its coefficient
+    expert_load: Tensor  # (E,) share of the routed tokens that each expert got; sums to 1
+
+
+class ModelOutput(NamedTuple):
+    logits: Tensor  # (B, T, V), or (M, V) when `logits_at` chose M positions
+    routing: list[Routing]  # one entry a layer; empty for a dense model
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, allocated once for `max_length` positions."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (
+            config.num_hidden_layers,
+            2,
+            batch_size,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def max_length(self) -> int:
+        return self.buffer.shape[-2]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, D) behind what is there; return all keys and values so far, (B, K, length + T, D).
+
+        `length` itself moves once a forward pass, in `Decoder.forward`, when every layer has appended.
+        """
+        end = self.length + key.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {end} were needed")
+        keys, values = self.buffer[layer]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467), computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).type_as(x)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotation angles of rotary positions (Su et al. 2021, arXiv:2104.09864), optionally stretched by YaRN.
+
+    The table is a function of the configuration, hence not part of the state dict.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        self.scale = 1.0
+        if config.rope_scaling:
+            frequencies = yarn_frequencies(frequencies, config)
+            self.scale = 0.1 * math.log(config.rope_scaling.factor) + 1.0
+        self.register_buffer("frequencies", frequencies, persistent=False)  # (D / 2,)
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (B, 1, T, D), for `position_ids` (B, T)."""
+        angles = position_ids[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, D / 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def yarn_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """YaRN's "NTK-by-parts": slow rotations are interpolated, fast ones kept (arXiv:2309.00071, section 3.2)."""
+    scaling: YarnScaling = config.rope_scaling
+
+    def dimension_of(rotations: float) -> float:  # the dimension that turns so often over the trained length
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_dim - 1)
+    ramp = (torch.arange(len(frequencies)).float() - low) / max(high - low, 0.001)
+    interpolated = ramp.clamp(0, 1)
+    return frequencies / scaling.factor * interpolated + frequencies * (1 - interpolated)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of x (B, heads, T, D) by their position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """x (B, T, H) → (B, T, H). `mask` (B or 1, 1, T, S): True where a query may look; None: causal."""
+        split = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rotary)  # (B, N, T, D)
+        key = rotate(self.k_proj(x).view(split).transpose(1, 2), *rotary)  # (B, K, T, D)
+        value = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)  # (B, K, S, D)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, enable_gqa=True
+        )  # (B, N, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.num_experts:
+            from minimind.moe import MoE
+
+            self.mlp = MoE(config)
+        else:
+            self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        is_token: Tensor | None,
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(h), None
+        y, routing = self.mlp(h, is_token)
+        return x + y, routing
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and the last norm: token ids in, hidden states out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        rows, length = input_ids.shape
+        past = cache.length if cache else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=input_ids.device).expand(rows, -1)
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        rotary = self.rotary(position_ids, x.dtype)
+        mask = attention_mask(length, past, document_ids, input_ids.device)
+        is_token = None if document_ids is None else document_ids >= 0
+
+        routings = []
+        for layer in self.layers:
+            x, routing = layer(x, rotary, mask, cache, is_token)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x), routings
+
+
+def attention_mask(
+    length: int, past: int, document_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Who may look at whom: (B, 1, T, T) within documents, (1, 1, T, past + T) behind a cache.
+
+    None stands for plain causal attention, which kernels know without a mask. A padding position
+    (document -1) sees the padding before it and itself, so that no softmax is over nothing.
+    """
+    if document_ids is None and (past == 0 or length == 1):
+        return None
+    causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    if document_ids is None:
+        return causal[None, None]
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
+    return (same_document & causal)[:, None]
+
+
+class MiniMind(nn.Module):
+    """The language model. `MiniMind(config)` is randomly initialised; see `initialize`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.weight = self.model.embed_tokens.weight  # tied: one tensor, both names in the state dict
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Normal(0, 0.02) weights; zero where a branch joins the residual stream.
+
+        Zero output projections make every layer start as the identity, which lets small models take larger
+        learning rates from the first step (the "zero init" of Yang et al. 2022, arXiv:2203.03466).
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> ModelOutput:
+        """Next-token logits.
+
+        Args:
+            input_ids: (B, T) token ids.
+            position_ids: (B, T) positions for the rotation; by default they count on from the cache.
+            document_ids: (B, T) numbers that tell packed documents apart; attention stays within equal
+                numbers, and -1 marks padding. None: one document a row.
+            cache: keys and values of earlier positions; extended in place.
+            logits_at: (M,) flat indices into the B·T positions whose logits are wanted. The vocabulary
+                is the widest product of a small model, so a loss on answers alone asks for those alone.
+
+        Returns: logits (B, T, V), or (M, V) with `logits_at`, and the routing of mixture layers.
+        """
+        hidden, routing = self.model(input_ids, position_ids, document_ids, cache)
+        if logits_at is not None:
+            hidden = hidden.flatten(0, 1)[logits_at]  # (M, H)
+        return ModelOutput(self.lm_head(hidden), routing)

@@ -1,0 +1,74 @@
+"""Mixture of experts: a router sends each token to the best few of several MLPs, beside shared ones.
+
+The layer is Granite's shared-expert mixture (softmax over the chosen experts' logits equals the
+renormalised softmax probabilities), so exports need no code of ours. No expert has a capacity: no token is
+ever dropped, in training or in inference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.config import ModelConfig
+from minimind.model import MLP, Routing
+
+
+class MoE(nn.Module):
+    """`num_experts` routed SwiGLUs, of which each token visits `num_experts_per_tok`, plus shared SwiGLUs."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.num_experts))
+        self.shared_experts = nn.ModuleList(MLP(config) for _ in range(config.num_shared_experts))
+
+    def forward(self, x: Tensor, is_token: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, H) → (B, T, H) and its routing; `is_token` (B, T) is False at padding."""
+        with torch.autocast(x.device.type, enabled=False):  # the router decides in fp32
+            scores = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)  # (B, T, E)
+        top_scores, top_experts = scores.topk(self.top_k, dim=-1)  # (B, T, k)
+        top_scores = top_scores / top_scores.sum(dim=-1, keepdim=True)
+
+        out = self.visit_experts(x.flatten(0, 1), top_scores.flatten(0, 1), top_experts.flatten(0, 1))
+        out = out.view_as(x)
+        for shared in self.shared_experts:
+            out = out + shared(x)
+        return out, balance(scores, top_experts, is_token)
+
+    def visit_experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Each expert works once, on the contiguous block of the tokens sent to it.
+
+        x (M, H), weights and experts (M, k) → (M, H).
+        """
+        order = experts.flatten().argsort(stable=True)  # (M·k,) visits, sorted by expert
+        tokens = order // self.top_k  # the token of each visit
+        visits = torch.bincount(experts.flatten(), minlength=len(self.experts)).tolist()
+        blocks = x[tokens].split(visits)
+        y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
+        y = y * weights.flatten()[order, None].type_as(y)
+        return torch.zeros_like(x, dtype=y.dtype).index_add(0, tokens, y)
+
+
+def balance(scores: Tensor, top_experts: Tensor, is_token: Tensor | None) -> Routing:
+    """Sequence-wise balance loss (DeepSeek-V2, arXiv:2405.04434, eq. 23–25) and the experts' load.
+
+    For a row of T tokens: Σ_i f_i·P_i, where f_i = E/(k·T) · (visits of expert i) and P_i = the mean score
+    of expert i. It is 1 when all experts get the same, E/k when k experts get everything.
+
+    Args: scores (B, T, E), top_experts (B, T, k), is_token (B, T) or None.
+    """
+    num_experts, top_k = scores.shape[-1], top_experts.shape[-1]
+    visits = F.one_hot(top_experts, num_experts).sum(dim=2).to(scores.dtype)  # (B, T, E)
+    if is_token is not None:
+        visits = visits * is_token[..., None]
+        scores = scores * is_token[..., None]
+        tokens = is_token.sum(dim=1).clamp(min=1)[:, None].to(scores.dtype)  # (B, 1)
+    else:
+        tokens = scores.new_full((scores.shape[0], 1), scores.shape[1])
+    frequency = visits.sum(dim=1) * num_experts / (top_k * tokens)  # (B, E)
+    probability = scores.sum(dim=1) / tokens  # (B, E)
+    load = visits.sum(dim=(0, 1))
+    return Routing((frequency * probability).sum(dim=-1), load / load.sum().clamp(min=1))

@@ -1,0 +1,104 @@
+"""Weight files: `out/{stage}_{hidden}[_moe].pth`, a plain fp16 state dict that says its own shape."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minimind.config import PRESETS, ModelConfig
+from minimind.errors import UserError
+from minimind.files import atomic_write
+from minimind.model import MiniMind, RotaryEmbedding
+
+
+def save_weights(model: MiniMind, path: Path) -> None:
+    """Write the state dict in fp16, beside the target first, so that a crash leaves the old file whole."""
+    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: stored once
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: Path, how_to_make: str) -> dict[str, Tensor]:
+    """Read a state dict as data, never as code.
+
+    Args: how_to_make: the command that makes the file, for the message when there is none.
+    Raises: UserError when the file is missing, damaged or no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"there are no weights at {path}; make them with: {how_to_make}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+        raise UserError(
+            f"{path} is not a readable weight file ({str(error).splitlines()[0][:120]}); "
+            f"copy it again or make it anew with: {how_to_make}"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors; expected a file that a stage wrote to out/")
+    return state
+
+
+def infer_config(state: dict[str, Tensor], path: Path) -> ModelConfig:
+    """The shape that a state dict belongs to.
+
+    Every size but the number of heads stands in the tensors; all MiniMind models have two key/value heads,
+    which gives the width of a head.
+    """
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        key_size = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    except (KeyError, ValueError):
+        raise UserError(f"{path} holds no MiniMind model: it has no model.embed_tokens / k_proj") from None
+
+    def count(pattern: str) -> int:
+        found = (re.match(pattern, name) for name in state)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    shape = PRESETS["small"]
+    return replace(
+        shape,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=count(r"model\.layers\.(\d+)\."),
+        num_attention_heads=hidden_size * shape.num_key_value_heads // key_size,
+        num_experts=count(r"model\.layers\.0\.mlp\.experts\.(\d+)\."),
+        num_shared_experts=count(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\."),
+    )
+
+
+def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None) -> MiniMind:
+    """The model that a weight file holds, in fp32 on the CPU.
+
+    Args: expected: the shape the caller needs; None takes whatever the file holds.
+    Raises: UserError when the file is missing or damaged, or holds another shape than expected.
+    """
+    state = load_state(path, how_to_make)
+    config = infer_config(state, path)
+    if expected is not None:
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
+            found, wanted = getattr(config, field), getattr(expected, field)
+            if found != wanted:
+                raise UserError(
+                    f"{path} holds a model with {field} {found}, but {wanted} was asked for; change the "
+                    f"flags to fit the file, or make it anew with: {how_to_make}"
+                )
+        config = expected
+    # Files of the original also hold its rotation tables; they are computed here.
+    state = {n: t.float() for n, t in state.items() if not n.endswith(("freqs_cos", "freqs_sin", "pos_cis"))}
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    with torch.device("meta"):  # no time spent on random numbers that are overwritten at once
+        model = MiniMind(config)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} does not fit a model of this shape: {reason[:200]}") from None
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary = RotaryEmbedding(config)
+    return model
