@@ -1,0 +1,471 @@
+"""Text to token ids and back: byte-level BPE, chat rendering with an answer mask, streaming, training.
+
+The shipped tokenizer (`minimind/assets/tokenizer`, its README says how it was made) has 6,400 entries. Ids 0,
+1 and 2 are `<|endoftext|>` (also padding), `<|im_start|>` and `<|im_end|>`. Any other directory with a
+`tokenizer.json` whose first three ids are these works too, the published MiniMind2 tokenizer for one.
+
+One rule holds at every entry: **text is never a control token**. What a user wrote is encoded with special
+tokens off, so a message that contains `<|im_end|>` costs a few ordinary ids; only the chat template emits ids 0
+to 2.
+
+    python -m minimind.tokenizer dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl --out_dir out/tokenizer
+
+trains another one on your own text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from minimind.errors import UserError, run_cli
+from minimind.paths import TOKENIZER_DIR
+
+END_OF_TEXT, IM_START, IM_END = CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+Message = dict[str, str]  # {"role": "user", "content": "…"}
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary with its chat template. Build one with `Tokenizer.load`.
+
+    Attributes:
+        vocab_size: number of ids, control tokens included.
+        pad_id, bos_id, eos_id: 0, 1, 2.
+        fingerprint: SHA-256 (hex) over `tokenizer.json` and the chat template; two tokenizers with the same
+            fingerprint give the same ids for everything.
+        token_bytes: the bytes each id stands for, indexed by id; `b""` for control tokens.
+        path: the directory it was loaded from.
+    """
+
+    pad_id, bos_id, eos_id = 0, 1, 2
+
+    def __init__(
+        self, tokenizer_json: str, chat_template: str, template_variables: dict[str, str], path: Path
+    ):
+        self._source = (tokenizer_json, chat_template, template_variables, path)
+        self.path = path
+        self.chat_template = chat_template
+        self._template_variables = template_variables
+        # Two copies, because whether special tokens are recognised is a switch on the object: one for text
+        # that people wrote, one for the template's own pieces.
+        self._text_encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._text_encoder.encode_special_tokens = True  # "encode them as text", in this library's words
+        self._template_encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
+
+        self.vocab_size = self._text_encoder.get_vocab_size()
+        self.token_bytes = _token_bytes(self._text_encoder)
+        self.fingerprint = hashlib.sha256(f"{tokenizer_json}\0{chat_template}".encode()).hexdigest()
+        self._render = lru_cache(maxsize=1)(self._compile_template)
+        self._chat_pieces = lru_cache(maxsize=4096)(self._encode_chat_pieces)
+
+    def __reduce__(self):
+        """Pickle as the texts it was made from, so a worker process gets exactly this tokenizer."""
+        return Tokenizer, self._source
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Tokenizer:
+        """Read a tokenizer directory; without `path`, the one that ships with MiniMind.
+
+        Raises:
+            UserError: a file is missing or broken, or ids 0, 1, 2 are not the control tokens.
+        """
+        path = TOKENIZER_DIR if path is None else Path(path)
+        file = path / "tokenizer.json"
+        tokenizer_json = _read(
+            file, f"give a directory that contains tokenizer.json, such as {TOKENIZER_DIR}"
+        )
+        try:
+            vocabulary = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises a bare Exception for anything it cannot parse
+            raise UserError(f"{file} is not a tokenizer: {error}. Copy or train it again.") from None
+        found = tuple(vocabulary.id_to_token(i) for i in range(3))
+        if found != CONTROL_TOKENS:
+            raise UserError(
+                f"{file}: ids 0, 1, 2 are {found}, but MiniMind needs {CONTROL_TOKENS}. "
+                "Use MiniMind's own tokenizer, or train one with `python -m minimind.tokenizer`."
+            )
+        return cls(tokenizer_json, *_read_template(path), path)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without loss: `decode(encode(text)) == text`. Never contains ids 0, 1 or 2."""
+        try:
+            return self._text_encoder.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            return self._text_encoder.encode(_replace_surrogates(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once, on all cores."""
+        try:
+            encodings = self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            texts = [_replace_surrogates(text) for text in texts]
+            encodings = self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_document(self, text: str) -> list[int]:
+        """One pretraining document: `<|im_start|>`, the text, `<|im_end|>` (the convention of MiniMind2)."""
+        return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        if skip_special_tokens:
+            parts = (self.token_bytes[i] for i in ids)
+        else:
+            parts = (self.token_bytes[i] or self._text_encoder.id_to_token(i).encode() for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it; equals transformers' `apply_chat_template(tokenize=False)`.
+
+        For people to look at: never encode this string, `encode_chat` keeps contents and control tokens apart.
+
+        Raises:
+            UserError: there is no template, or it is broken, or it refuses these messages.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._render().render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._template_variables
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template in {self.path} cannot render these messages: {error}"
+            ) from None
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a conversation and a mask of the same length: 1 on what the model must learn to write.
+
+        That is each assistant message and the `<|im_end|>` that closes it; everything else is 0.
+
+        Raises:
+            UserError: as `render_chat`, or a role that is not a plain word.
+        """
+        contents = self.encode_batch([message["content"] for message in messages])
+        return self._join_chat(messages, contents, add_generation_prompt)
+
+    def encode_chat_batch(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """`encode_chat` for many conversations; all contents are encoded in one call, which is faster."""
+        contents = iter(self.encode_batch([m["content"] for messages in conversations for m in messages]))
+        return [
+            self._join_chat(messages, list(itertools.islice(contents, len(messages))), False)
+            for messages in conversations
+        ]
+
+    def _join_chat(
+        self, messages: Sequence[Message], contents: list[list[int]], add_generation_prompt: bool
+    ) -> tuple[list[int], list[int]]:
+        roles = tuple(message["role"] for message in messages)
+        ids: list[int] = []
+        mask: list[int] = []
+        for piece, piece_mask, index in self._chat_pieces(roles, add_generation_prompt):
+            ids += piece
+            mask += piece_mask
+            if index is not None:
+                ids += contents[index]
+                mask += [int(roles[index] == "assistant")] * len(contents[index])
+        return ids, mask
+
+    def _encode_chat_pieces(
+        self, roles: tuple[str, ...], add_generation_prompt: bool
+    ) -> list[tuple[list[int], list[int], int | None]]:
+        """What the template writes around the contents of messages with these roles.
+
+        Returns `(ids, mask, index)` triples: the ids of a piece of template, their mask, and the index of the
+        message whose content follows (None at the end). The template is rendered once with a placeholder for
+        each content, so any template works that copies contents as they are.
+        """
+        for role in roles:
+            if not re.fullmatch(
+                r"\w+", role
+            ):  # roles are part of the template's text: keep control tokens out
+                raise UserError(f"the role {role!r} is not a plain word; use system, user or assistant")
+        placeholders = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+        rendered = self.render_chat(placeholders, add_generation_prompt)
+
+        pieces: list[tuple[list[int], list[int], int | None]] = []
+        after_assistant = False
+        for text, index in _split_at_placeholders(rendered):
+            ids = self._template_encoder.encode(text, add_special_tokens=False).ids
+            closing = ids.index(self.eos_id) + 1 if after_assistant and self.eos_id in ids else 0
+            pieces.append((ids, [1] * closing + [0] * (len(ids) - closing), index))
+            after_assistant = index is not None and roles[index] == "assistant"
+        return pieces
+
+    def _compile_template(self):
+        """The Jinja template in the sandbox, with the whitespace settings that transformers uses."""
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not self.chat_template:
+            raise UserError(
+                f"{self.path} has no chat template: add a chat_template.jinja beside tokenizer.json"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _refuse_messages
+        return environment.from_string(self.chat_template)
+
+
+class StreamDecoder:
+    """Decodes ids one at a time and returns text as soon as it is whole: never half a Chinese character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._token_bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes; often empty in the middle of a character."""
+        return self._decoder.decode(self._token_bytes[token_id])
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else empty. Then starts afresh."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def _read(file: Path, mend: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): {mend}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: {mend}") from None
+
+
+def _read_template(path: Path) -> tuple[str, dict[str, str]]:
+    """The chat template of a tokenizer directory ("" when it has none) and the token names it may use."""
+    config = {}
+    if (path / "tokenizer_config.json").exists():
+        try:
+            config = json.loads(_read(path / "tokenizer_config.json", "copy it again"))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path / 'tokenizer_config.json'} is not JSON: {error}. Copy it again."
+            ) from None
+    if (path / "chat_template.jinja").exists():
+        template = _read(path / "chat_template.jinja", "copy it again")
+    else:
+        template = config.get("chat_template") or ""
+    variables = {"bos_token": IM_START, "eos_token": IM_END, "pad_token": END_OF_TEXT}
+    variables |= {
+        name: token for name, token in config.items() if name in TOKEN_NAMES and isinstance(token, str)
+    }
+    return template, variables
+
+
+def _token_bytes(vocabulary: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes of each id. Byte-level BPE writes byte b as the character `_byte_alphabet()[b]`."""
+    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    added = vocabulary.get_added_tokens_decoder()
+    table = []
+    for i in range(vocabulary.get_vocab_size()):
+        if i in added:
+            table.append(b"" if added[i].special else added[i].content.encode())
+        else:
+            table.append(bytes(byte_of[character] for character in vocabulary.id_to_token(i)))
+    return table
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the rest follow U+0100."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = itertools.count(0x100)
+    return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
+
+
+def _replace_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: pairs of surrogates joined, lone ones as in JSON's "\\ud800", as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _split_at_placeholders(rendered: str) -> Iterator[tuple[str, int | None]]:
+    """Cut a rendered template into `(text, index of the message that follows)`; the last index is None."""
+    parts = re.split("\ue000([0-9]+)\ue001", rendered)
+    indices = [int(index) for index in parts[1::2]]
+    return zip(parts[::2], [*indices, None], strict=True)
+
+
+def _refuse_messages(reason: str):
+    """`raise_exception` of chat templates."""
+    from jinja2 import TemplateError
+
+    raise TemplateError(reason)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+# How text falls into words before BPE joins bytes; no token crosses a border between words. This is Qwen2's
+# split (llama.cpp calls it "qwen2", so exports need no new code there). Alternative by alternative: English
+# contractions; a run of letters with the one space or mark before it; a single digit; other marks, with the newlines that
+# follow; newlines; spaces.
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + 256
+
+# ChatML. Jinja eats a newline after a block's end, hence the quoted ones.
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+TRANSFORMERS_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": IM_START,
+    "eos_token": IM_END,
+    "pad_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 32768,
+}
+
+
+def train_tokenizer(
+    files: Sequence[str | Path],
+    vocab_size: int = 6400,
+    out_dir: str | Path = "out/tokenizer",
+    max_mb: float = 100,
+) -> Tokenizer:
+    """Train a byte-level BPE on text files and write a directory that `Tokenizer.load` and transformers read.
+
+    Args:
+        files: `.txt` (one text a line) or `.jsonl` in any of the project's formats, gzipped or not. A file
+            that is given twice weighs twice.
+        vocab_size: entries, the 3 control tokens and 256 bytes included. A tiny corpus may give fewer.
+        out_dir: created if it is missing; its tokenizer files are replaced.
+        max_mb: read only every k-th record when the files hold more than this many megabytes of text, because
+            memory and time grow with the number of different words. 100 MB is plenty for 6,400 entries.
+
+    The result depends on nothing but the arguments and the files. Records are streamed.
+
+    Raises:
+        UserError: a file is missing, empty or malformed, or `vocab_size` is below 259.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab_size {vocab_size} is too small: 3 control tokens and 256 bytes need {MIN_VOCAB_SIZE}"
+        )
+    paths = [Path(file) for file in files]
+    stride = _stride(paths, max_mb)
+    texts = (text for path in paths for text in itertools.islice(read_texts(path), 0, None, stride))
+
+    vocabulary = tokenizers.Tokenizer(models.BPE())
+    vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    vocabulary.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    vocabulary.train_from_iterator(texts, trainer)
+    return _write_tokenizer(vocabulary, Path(out_dir))
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a training file: each line of a `.txt`; a record's "text" or all its message contents."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    is_jsonl = ".jsonl" in path.suffixes
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield "\n".join(_record_texts(line, f"{path}:{number}")) if is_jsonl else line
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}. Give .jsonl or .txt files in UTF-8.") from None
+
+
+def _record_texts(line: str, where: str) -> list[str]:
+    try:
+        record = json.loads(line)
+        if "text" in record:
+            return [record["text"]]
+        keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
+        texts = [message["content"] for key in keys for message in record[key]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where} is not a record of the project's formats ({error!r}); see dataset/README.md"
+        ) from None
+    if not texts:
+        raise UserError(
+            f'{where} has no "text", "conversations", "chosen" or "rejected"; see dataset/README.md'
+        )
+    return texts
+
+
+def _stride(paths: Sequence[Path], max_mb: float) -> int:
+    """k, such that every k-th record is about `max_mb` of text in all. Gzip shrinks text to about 2/5."""
+    megabytes = 0.0
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give .jsonl or .txt files to train on")
+        megabytes += path.stat().st_size / 1e6 * (2.5 if path.suffix == ".gz" else 1)
+    return max(1, math.ceil(megabytes / max_mb))
+
+
+def _write_tokenizer(vocabulary: tokenizers.Tokenizer, out_dir: Path) -> Tokenizer:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(str(out_dir / "tokenizer.json"))
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(TRANSFORMERS_CONFIG, indent=2) + "\n")
+    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return Tokenizer.load(out_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m minimind.tokenizer`: train a tokenizer and say how well it compresses."""
+    parser = argparse.ArgumentParser(prog="python -m minimind.tokenizer", description="Train a tokenizer.")
+    parser.add_argument("files", nargs="+", help=".jsonl or .txt, optionally .gz; given twice weighs twice")
+    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--out_dir", default="out/tokenizer")
+    parser.add_argument(
+        "--max_mb", type=float, default=100, help="sample the files down to about this much text"
+    )
+    args = parser.parse_args(argv)
+
+    print(f"training a tokenizer of {args.vocab_size:,} entries on {len(args.files)} file(s)", flush=True)
+    start = time.perf_counter()
+    tokenizer = train_tokenizer(args.files, args.vocab_size, args.out_dir, args.max_mb)
+    seconds = time.perf_counter() - start
+    sample = [text for file in args.files for text in itertools.islice(read_texts(Path(file)), 500)]
+    ratio = sum(map(len, sample)) / sum(map(len, tokenizer.encode_batch(sample)))
+    entries = f"{tokenizer.vocab_size:,} entries"
+    print(f"wrote {args.out_dir}: {entries}, {ratio:.3f} characters per token, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    run_cli(main)
