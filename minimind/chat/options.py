@@ -1,0 +1,45 @@
+"""How an answer is drawn: the knobs of the sampler. Free of torch, so that `--help` need not wait for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minimind.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The knobs of `generate`. A value that makes no sense is a UserError.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token every time (greedy).
+        top_p: draw from the fewest tokens that hold this share of the probability, in (0, 1]
+            (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
+        top_k: draw from the k likeliest tokens only; None: no such limit.
+        repetition_penalty: how much a token suffers that the answer has lately used, 1 for not at all
+            (Keskar et al. 2019, arXiv:1909.05858).
+        max_new_tokens: an answer that has not ended by itself is cut here.
+        seed: makes the draw repeatable; None: another answer every time.
+    """
+
+    temperature: float = 0.85
+    top_p: float = 0.85
+    top_k: int | None = None
+    repetition_penalty: float = 1.05
+    max_new_tokens: int = 1024
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN, which compares as False, is refused too.
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out for no limit")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be 0 or more and fit 63 bits, not {self.seed}")
