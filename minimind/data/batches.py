@@ -1,0 +1,174 @@
+"""Batches for training: rows of packed segments, any row of any epoch at once.
+
+    store = prepare("dataset/pretrain_hq.jsonl", "pretrain", tokenizer)
+    training, held_out = split_holdout(store)
+    data = PackedDataset(store, 512, seed=42, pad_id=0, eos_id=2, documents=training)
+    batch = data.batch(epoch=0, row_start=0, row_count=32)
+
+What a row holds depends on (seed, epoch, row) alone. So a run is continued by asking for its next rows.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from minimind.data.packing import Packing, make_segments
+from minimind.data.store import TokenStore
+
+T = TypeVar("T")
+
+
+@dataclass
+class Batch:
+    """B rows of T = `max_seq_len` positions. Attend only where `document_ids` are equal."""
+
+    input_ids: torch.Tensor  # (B, T) int64; padding: pad_id
+    labels: torch.Tensor  # (B, T) int64, the next token of the same document; padding: pad_id
+    loss_mask: torch.Tensor  # (B, T) float32, weight of the label in the loss: 0 where it is no target
+    position_ids: torch.Tensor  # (B, T) int64, from 0 in every segment; padding: 0
+    document_ids: torch.Tensor  # (B, T) int32, 0, 1, 2 … for the segments of a row; padding: -1
+    targets_at: torch.Tensor  # (M,) int64, flat indices of the positions whose loss_mask is not 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from where a copy to a GPU does not block."""
+        return self._map(torch.Tensor.pin_memory)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Labels that count in the loss, whatever their weight."""
+        return int(torch.count_nonzero(self.loss_mask))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+class PackedDataset:
+    """A `TokenStore` as rows of `max_seq_len` positions.
+
+    Attributes:
+        num_rows: rows in an epoch, the same in all.
+        padding_fraction: positions without a token, of all positions.
+        report: how many documents were split, cut or dropped; see `packing.CutReport`.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        max_seq_len: int,
+        *,
+        seed: int,
+        pad_id: int,
+        eos_id: int,
+        documents: np.ndarray | None = None,
+    ):
+        """`documents`: the documents of the store to use, ascending; without it, all."""
+        documents = np.arange(store.num_documents) if documents is None else documents
+        segments, self.report = make_segments(store, documents, max_seq_len, eos_id)
+        self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
+        self._packing = Packing(segments, max_seq_len, seed)
+        self.num_rows = len(self._packing.rows)
+        self.padding_fraction = 1 - segments.lengths.sum() / max(self.num_rows * max_seq_len, 1)
+
+    def batch(self, epoch: int, row_start: int, row_count: int) -> Batch:
+        """Rows `row_start` … `row_start + row_count - 1` of an epoch; fewer where the epoch ends before."""
+        rows = range(row_start, min(row_start + row_count, self.num_rows))
+        shape = (len(rows), self.max_seq_len)
+        arrays = Batch(
+            input_ids=np.full(shape, self.pad_id, np.int64),
+            labels=np.full(shape, self.pad_id, np.int64),
+            loss_mask=np.zeros(shape, np.float32),
+            position_ids=np.zeros(shape, np.int64),
+            document_ids=np.full(shape, -1, np.int32),
+            targets_at=np.empty(0, np.int64),
+        )
+        for i, row in enumerate(rows):
+            self._fill(arrays, i, self._packing.row(epoch, row))
+        arrays.targets_at = np.flatnonzero(arrays.loss_mask)
+        return arrays._map(torch.from_numpy)
+
+    def _fill(self, arrays: Batch, i: int, segments: np.ndarray) -> None:
+        """Write `segments` one after the other into row `i`."""
+        tokens, weights = self.store.tokens, self.store.weights
+        column = 0
+        for number, segment in enumerate(segments):
+            start = self._packing.segments.starts[segment]
+            length = self._packing.segments.lengths[segment]
+            here = np.s_[i, column : column + length]
+            labels = np.s_[start + 1 : start + 1 + length]
+            arrays.input_ids[here] = tokens[start : start + length]
+            arrays.labels[here] = tokens[labels]
+            arrays.loss_mask[here] = 1 if weights is None else weights[labels]
+            arrays.position_ids[here] = np.arange(length)
+            arrays.document_ids[here] = number
+            column += length
+
+    def source_lines(self, epoch: int, row: int) -> list[int]:
+        """The lines of the JSONL file that a row was made from, to name them when its loss is not finite."""
+        documents = self._packing.segments.documents[self._packing.row(epoch, row)]
+        return sorted({int(line) for line in self.store.lines[documents]})
+
+
+def split_holdout(
+    store: TokenStore, fraction: float = 0.01, max_documents: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """(documents to train on, documents held out), both ascending.
+
+    The choice depends on contents alone, so the copies of a document are all on the same side, and so are the
+    two documents of a preference pair. A store of less than 100 documents is too small to hold any out.
+    """
+    wanted = min(int(store.num_documents * fraction), max_documents) if store.num_documents >= 100 else 0
+    # Multiplying by an odd number reorders the fingerprints, one to one.
+    mixed = store.fingerprints * np.uint32(2654435761)
+    values, counts = np.unique(mixed, return_counts=True)
+    values = values[counts <= wanted]
+    counts = counts[counts <= wanted]
+    held = values[counts.cumsum() <= wanted]
+    is_held = np.isin(mixed, held)
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def prefetch(iterable: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
+    """The items of `iterable`, made by a thread that stays up to `depth` items ahead.
+
+    What `iterable` raises is raised here. The thread ends with the generator, also if that is closed early.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+    room = threading.Semaphore(depth)
+    closed = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in iterable:
+                ready.put((item, None))
+                room.acquire()
+                if closed.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as error:
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            room.release()
+            yield item
+    finally:
+        closed.set()
+        room.release()
+        thread.join()

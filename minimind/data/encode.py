@@ -1,0 +1,184 @@
+"""Turn blocks of JSONL lines into token arrays, in this process or in several.
+
+A worker is a fresh Python that runs `serve` and talks pickles over its stdin and stdout. `multiprocessing`
+would import the training script, and PyTorch with it, into every worker: seconds and hundreds of megabytes.
+Importing nothing but the tokenizer and NumPy, a worker starts in a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from minimind.data.records import BadRecord, Block, Kind, Record, parse_block
+from minimind.errors import UserError
+from minimind.tokenizer import Tokenizer
+
+
+@dataclass
+class EncodedBlock:
+    """The documents of a block, one after the other. A preference pair is two: chosen, then rejected."""
+
+    tokens: np.ndarray  # (tokens,) uint16, or uint32 for a vocabulary above 65,536
+    weights: np.ndarray | None  # (tokens,) uint8: 1 on targets, 0 elsewhere; None where all are targets
+    lengths: np.ndarray  # (documents,) int64
+    lines: np.ndarray  # (documents,) int64, line in the JSONL file, from 1
+    fingerprints: np.ndarray  # (documents,) uint32, of the tokens of the whole record
+    utf8_bytes: int  # of the texts, without JSON and template
+    bad_records: list[BadRecord]
+    position: int  # bytes of the file read so far, for the progress bar
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> EncodedBlock:
+    """Parse, check and tokenise the lines of `block`."""
+    records, bad_records = parse_block(block, kind, file)
+    documents, masks, utf8_bytes = _encode_records([record for _, record in records], kind, tokenizer)
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    tokens = np.fromiter(
+        chain.from_iterable(documents), token_dtype(tokenizer.vocab_size), int(lengths.sum())
+    )
+    weights = None if masks is None else np.fromiter(chain.from_iterable(masks), np.uint8, len(tokens))
+    per_record = 2 if kind == "preference" else 1
+    ends = lengths.reshape(-1, per_record).sum(axis=1).cumsum()
+    fingerprints = [zlib.crc32(part) for part in np.split(tokens, ends[:-1])] if len(ends) else []
+    return EncodedBlock(
+        tokens=tokens,
+        weights=weights,
+        lengths=lengths,
+        lines=np.array([line for line, _ in records], np.int64).repeat(per_record),
+        fingerprints=np.array(fingerprints, np.uint32).repeat(per_record),
+        utf8_bytes=utf8_bytes,
+        bad_records=bad_records,
+        position=block.position,
+    )
+
+
+def _encode_records(
+    records: list[Record], kind: Kind, tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[list[int]] | None, int]:
+    """Token ids of every document, their target masks (None for pretraining), the bytes of their texts."""
+    if kind == "pretrain":
+        texts = [record.text for record in records]
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        documents = [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
+        return documents, None, sum(len(text.encode()) for text in texts)
+    if kind == "conversation":
+        conversations = [record.conversations for record in records]
+    else:
+        conversations = [messages for record in records for messages in (record.chosen, record.rejected)]
+    encoded = tokenizer.encode_chat_batch(conversations)
+    utf8_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
+    return [ids for ids, _ in encoded], [mask for _, mask in encoded], utf8_bytes
+
+
+def encode_blocks(
+    blocks: Iterable[Block | BadRecord], kind: Kind, file: str, tokenizer: Tokenizer, num_workers: int
+) -> Iterator[EncodedBlock | BadRecord]:
+    """`encode_block` over `blocks`, in their order; bad records between blocks are handed on.
+
+    With `num_workers` 0 the work is done here. Otherwise at most two blocks a worker are under way, so memory
+    does not grow with the file. Close the iterator to end the workers early.
+    """
+    if num_workers == 0:
+        for block in blocks:
+            yield block if isinstance(block, BadRecord) else encode_block(block, kind, file, tokenizer)
+        return
+    workers = [_Worker(kind, file, tokenizer) for _ in range(num_workers)]
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def encode(block: Block) -> EncodedBlock:
+        worker = idle.get()
+        try:
+            return worker.encode(block)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(num_workers)  # each only waits for its worker
+    under_way: deque[Future[EncodedBlock] | BadRecord] = deque()
+    try:
+        for block in blocks:
+            under_way.append(block if isinstance(block, BadRecord) else threads.submit(encode, block))
+            if len(under_way) > 2 * num_workers:
+                yield _result(under_way.popleft())
+        while under_way:
+            yield _result(under_way.popleft())
+    finally:
+        for worker in workers:
+            worker.end()
+        threads.shutdown(cancel_futures=True)
+
+
+def _result(item: Future[EncodedBlock] | BadRecord) -> EncodedBlock | BadRecord:
+    return item if isinstance(item, BadRecord) else item.result()
+
+
+class _Worker:
+    """The near end of a worker process."""
+
+    def __init__(self, kind: Kind, file: str, tokenizer: Tokenizer):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "TOKENIZERS_PARALLELISM": "false",  # one core a worker
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-P", "-c", "from minimind.data.encode import serve; serve()"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        self._send((kind, file, tokenizer))
+
+    def _send(self, message: object) -> None:
+        pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+        self._process.stdin.flush()
+
+    def encode(self, block: Block) -> EncodedBlock:
+        try:
+            self._send(block)
+            return pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            code = self._process.wait()
+            if code < 0:
+                raise UserError(
+                    f"a tokenising process was killed by signal {-code}, perhaps for lack of memory; "
+                    "nothing was kept, run this again with more memory free"
+                ) from None
+            raise RuntimeError(f"a tokenising process ended with code {code}, see above") from None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve() -> None:
+    """The far end: encode blocks from stdin until it is closed, also by the death of the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # a stray print must not end up among the replies
+    try:
+        kind, file, tokenizer = pickle.load(requests)
+        while True:
+            pickle.dump(
+                encode_block(pickle.load(requests), kind, file, tokenizer), replies, pickle.HIGHEST_PROTOCOL
+            )
+            replies.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # without flushing to a pipe that nobody reads

@@ -1,0 +1,289 @@
+"""Read the project's JSONL files, and say exactly where one is wrong.
+
+    {"text": "…"}                                                       kind "pretrain"
+    {"conversations": [{"role": "user", "content": "…"}, …]}            kind "conversation"
+    {"chosen": [{"role": …, "content": …}, …], "rejected": [ … ]}       kind "preference"
+
+A file, plain or gzipped, is read in blocks of whole lines (`read_blocks`), so memory does not grow with it.
+`parse_block` turns the lines of a block into typed records. Whatever is wrong becomes a `BadRecord`, which
+reads `file:line: field: what is wrong`. Blank lines are no records and are passed over; fields that the
+formats above do not name are ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, TypedDict
+
+import msgspec
+
+from minimind.errors import UserError
+
+Kind = Literal["pretrain", "conversation", "preference"]
+OnBadRecord = Literal["stop", "skip"]
+
+BLOCK_BYTES = 1 << 20
+# Encoding one text takes about 120 bytes of memory for each of its bytes (tokenizers 0.23: 0.25 GB for 2 MiB,
+# 1.0 GB for 8 MiB). 2 MiB is a novel of 700,000 Chinese characters on one line.
+MAX_LINE_BYTES = 2 << 20
+
+BOM = b"\xef\xbb\xbf"
+GZIP_MAGIC = b"\x1f\x8b"
+TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB; split it into several records"
+
+
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class TextRecord(msgspec.Struct):
+    text: str
+
+
+class ConversationRecord(msgspec.Struct):
+    conversations: list[Message]
+
+
+class PreferenceRecord(msgspec.Struct):
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+Record = TextRecord | ConversationRecord | PreferenceRecord
+_DECODERS = {
+    "pretrain": msgspec.json.Decoder(TextRecord),
+    "conversation": msgspec.json.Decoder(ConversationRecord),
+    "preference": msgspec.json.Decoder(PreferenceRecord),
+}
+
+
+class BadRecord(NamedTuple):
+    """One thing that is wrong in a file. Lines count from 1.
+
+    `used` tells of a flaw that costs no record when the reader goes on (a BOM, Windows line ends).
+    """
+
+    file: str
+    line: int
+    field: str
+    reason: str
+    used: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.field}: {self.reason}"
+
+    def stop(self) -> UserError:
+        """The error to raise when bad records are not skipped."""
+        return UserError(f"{self}\n  Mend it, or go on in spite of such records: --on_bad_record skip")
+
+
+class Block(NamedTuple):
+    """Whole lines of a file: the number of the first one, their bytes, and how far the file has been read."""
+
+    first_line: int
+    data: bytes
+    position: int
+
+
+class InvalidLine(Exception):
+    """A line that is no record of the kind asked for: `field` and `reason` as in `BadRecord`."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
+
+
+def read_records(
+    path: str | Path,
+    kind: Kind,
+    *,
+    on_bad_record: OnBadRecord = "stop",
+    bad_records: list[BadRecord] | None = None,
+) -> Iterator[tuple[int, Record]]:
+    """Yield (line number, record) in the order of the file.
+
+    Raises `UserError` when the file cannot be opened or holds no usable record, and on the first bad record
+    unless `on_bad_record` is "skip"; then bad records are left out and collected in `bad_records`.
+    """
+    usable = False
+    for block in read_blocks(path):
+        records, bad = ([], [block]) if isinstance(block, BadRecord) else parse_block(block, kind, str(path))
+        if bad and on_bad_record == "stop":
+            # What stands before the bad line is good: the caller gets it first.
+            yield from ((line, record) for line, record in records if line < bad[0].line)
+            raise bad[0].stop()
+        if bad_records is not None:
+            bad_records.extend(bad)
+        usable = usable or bool(records)
+        yield from records
+    if not usable:
+        raise no_records(path)
+
+
+def no_records(path: str | Path) -> UserError:
+    return UserError(f"{path}: no usable record in this file")
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a data file for reading bytes. Raises `UserError` when that fails."""
+    try:
+        return Path(path).open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_blocks(path: str | Path) -> Iterator[Block | BadRecord]:
+    """Cut a file into blocks of whole lines: about `BLOCK_BYTES`, and `MAX_LINE_BYTES` more for a long line.
+
+    Flaws that no line can tell (of the whole file, a line too long to keep) come in between, in their place.
+    """
+    for block in _split_blocks(path):
+        if isinstance(block, Block) and block.first_line == 1:
+            yield from _flaws_of_file(str(path), block.data)
+            block = block._replace(data=block.data.removeprefix(BOM))
+        yield block
+
+
+def _flaws_of_file(file: str, head: bytes) -> Iterator[BadRecord]:
+    """Two habits of Windows editors. They are harmless here, so the records are used in spite of them."""
+    if head.startswith(BOM):
+        mend = "save it as UTF-8 without BOM, or: sed -i '1s/^\\xEF\\xBB\\xBF//' FILE"
+        yield BadRecord(file, 1, "file", f"begins with a byte order mark (BOM); {mend}", used=True)
+    if head.partition(b"\n")[0].endswith(b"\r"):
+        mend = "sed -i 's/\\r$//' FILE"
+        yield BadRecord(file, 1, "file", f"has Windows line ends (CRLF); change them: {mend}", used=True)
+
+
+def _split_blocks(path: str | Path) -> Iterator[Block | BadRecord]:
+    file, line, buffer, in_long_line = str(path), 1, bytearray(), False
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(open_file(path))
+        zipped = raw.peek(2)[:2] == GZIP_MAGIC
+        stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw
+        try:
+            # read1 hands over what it has before a damaged place raises.
+            while chunk := stream.read1(BLOCK_BYTES):
+                buffer += chunk
+                if in_long_line:
+                    end = buffer.find(b"\n") + 1
+                    del buffer[: end or len(buffer)]
+                    in_long_line, line = not end, line + bool(end)
+                if len(buffer) < BLOCK_BYTES:
+                    continue
+                if end := buffer.rfind(b"\n") + 1:
+                    yield Block(line, bytes(buffer[:end]), raw.tell())
+                    line += buffer.count(b"\n", 0, end)
+                    del buffer[:end]
+                elif len(buffer) > MAX_LINE_BYTES:
+                    yield BadRecord(file, line, "line", TOO_LONG)
+                    buffer.clear()
+                    in_long_line = True
+            damage = None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            damage = f"damaged gzip data ({error}); fetch the file again"
+            del buffer[buffer.rfind(b"\n") + 1 :]  # half a line
+        if buffer:
+            yield Block(line, bytes(buffer), raw.tell())
+        if damage:
+            yield BadRecord(file, line + buffer.count(b"\n"), "file", damage)
+
+
+def parse_block(block: Block, kind: Kind, file: str) -> tuple[list[tuple[int, Record]], list[BadRecord]]:
+    """The records of a block as (line number, record), and what is wrong with the other lines."""
+    records, bad = [], []
+    for number, line in enumerate(block.data.split(b"\n"), block.first_line):
+        if not line or line.isspace():
+            continue
+        try:
+            records.append((number, parse_line(line, kind)))
+        except InvalidLine as error:
+            bad.append(BadRecord(file, number, error.field, error.reason))
+    return records, bad
+
+
+def parse_line(line: bytes, kind: Kind) -> Record:
+    """The record that a line holds. Raises `InvalidLine`."""
+    if len(line) > MAX_LINE_BYTES:
+        raise InvalidLine("line", TOO_LONG)
+    try:
+        line.decode()  # msgspec does not look into the fields that it passes over
+        record = _DECODERS[kind].decode(line)
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8"
+        raise InvalidLine("line", f"{place}; convert the file: iconv -f GB18030 -t UTF-8") from None
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error)) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidLine("line", _why_no_json(line, error)) from None
+    if kind == "pretrain":
+        if not record.text or record.text.isspace():
+            raise InvalidLine("text", "empty")
+    elif kind == "conversation":
+        _check_messages("conversations", record.conversations)
+    else:
+        _check_pair(record)
+    return record
+
+
+def _wrong_field(message: str) -> InvalidLine:
+    """Split msgspec's "what - at `$.where`" into our field and reason."""
+    what, _, where = message.partition(" - at `$")
+    field = where.rstrip("`").lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
+        return InvalidLine(f"{field}.{missing[1]}".lstrip("."), "missing")
+    if role := re.fullmatch(r"Invalid enum value '(.*)'", what):
+        return InvalidLine(field, f"unknown role `{role[1][:40]}`; one of system, user, assistant")
+    return InvalidLine(field or "line", what[0].lower() + what[1:])
+
+
+def _why_no_json(line: bytes, error: Exception) -> str:
+    """A reason a person can act on. The standard parser is slow, but says it better and knows the column."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        return f"broken JSON: {error.msg} at column {error.colno}"
+    except UnicodeEncodeError:
+        return "half of a \\ud800–\\udfff pair, which is no character"
+    except RecursionError:
+        return "broken JSON: nested too deeply"
+    return f"broken JSON: {error}"
+
+
+def _check_messages(field: str, messages: list[Message]) -> None:
+    """An optional system message, then user and assistant in turn, the assistant last; none of them empty."""
+    turns = ("user", "assistant")
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    for i, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if i >= first and role != turns[(i - first) % 2]:
+            out_of_order = f"`{role}` where `{turns[(i - first) % 2]}` belongs"
+            reason = "`system` may only come first" if role == "system" else out_of_order
+            raise InvalidLine(f"{field}[{i}].role", reason)
+        if not content or content.isspace():
+            raise InvalidLine(f"{field}[{i}].content", "empty")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise InvalidLine(field, "does not end with an answer of the assistant")
+
+
+def _check_pair(record: PreferenceRecord) -> None:
+    """Both sides are conversations with the same messages but for the last answer."""
+    chosen, rejected = record.chosen, record.rejected
+    _check_messages("chosen", chosen)
+    _check_messages("rejected", rejected)
+    if len(chosen) != len(rejected):
+        raise InvalidLine("rejected", f"has {len(rejected)} messages and `chosen` has {len(chosen)}")
+    for i, (ours, theirs) in enumerate(zip(chosen[:-1], rejected[:-1], strict=True)):
+        if ours != theirs:
+            reason = "is not the message of `chosen`; only the last answer may differ"
+            raise InvalidLine(f"rejected[{i}]", reason)
+    if chosen[-1] == rejected[-1]:
+        raise InvalidLine(f"rejected[{len(rejected) - 1}].content", "the same answer as in `chosen`")
