@@ -222,6 +222,8 @@ def load(path: Path, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Min
                 f"{path} holds a model with {name} {holds}, but {wanted} was asked for; "
                 "without shape flags the shape is read from the file"
             )
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"{path} holds weights that are not numbers: its training diverged; train it again")
     return model.to(device).eval()
 
 
@@ -278,10 +280,12 @@ class Talk:
                 print(f"\n{YOU}{text}")
                 yield text
             return
-        if choice not in (None, "", "1"):
-            yield choice
+        if choice is None:
+            return
         print("/clear 清空对话 forgets the conversation; Ctrl-C 停止回答 stops an answer; Ctrl-D 结束 ends")
-        while choice is not None and (text := read_line(f"\n{YOU}")) is not None:
+        if choice not in ("", "1"):
+            yield choice
+        while (text := read_line(f"\n{YOU}")) is not None:
             if text == "/clear":
                 self.session.clear()
                 print("对话已清空 / forgotten")

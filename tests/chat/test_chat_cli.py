@@ -1,0 +1,292 @@
+"""`eval_model.py` from the outside: which model it takes, what it prints where, how it refuses."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.chat import cli, generate
+from minimind.config import PRESETS, ModelConfig
+from minimind.errors import UserError
+from minimind.model import MiniMind
+from minimind.paths import ROOT
+from minimind.tokenizer import Tokenizer
+from minimind.weights import save_weights
+
+SHORT = ["--max_new_tokens", "6", "--device", "cpu"]
+
+
+def save_random(path: Path, **shape) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 1}
+    model = MiniMind(replace(ModelConfig(), **small | shape))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_weights(model, path)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Weights of stages 0 and 1. Names give the shape that `find_weights` looks for."""
+    folder = tmp_path_factory.mktemp("out")
+    save_random(folder / "pretrain_64.pth")
+    save_random(folder / "full_sft_64.pth", num_hidden_layers=2)
+    return folder
+
+
+@pytest.fixture
+def talk(out, monkeypatch, capsys):
+    """Run the interactive command on what a person types; returns what it printed."""
+
+    def run(typed: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert cli.main(["--out_dir", str(out), *SHORT, *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def say(monkeypatch, *answers: list[int] | type[BaseException]) -> list[list[int]]:
+    """Replace the model by fixed answers, one a question; an exception type comes after one token.
+
+    Returns a list that collects the prompts.
+    """
+    prompts, queue = [], list(answers)
+
+    def fake(model, prompt_ids, options):
+        prompts.append(prompt_ids)
+        answer = queue.pop(0)
+        if isinstance(answer, list):
+            yield from answer
+        else:
+            yield Tokenizer.load().encode("停")[0]
+            raise answer
+
+    monkeypatch.setattr(generate, "generate", fake)
+    return prompts
+
+
+def bytes_as_tokens(text: str) -> list[int]:
+    table = Tokenizer.load().token_bytes
+    return [table.index(bytes([byte])) for byte in text.encode()]
+
+
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "eval_model.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for flag in ("--model_mode", "--lora_name", "--history_cnt", "--use_moe", "--load", "--prompt"):
+        assert flag in done.stdout
+    assert "| minimind.chat.cli" in done.stderr.replace("|   ", "| ")
+    assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def test_a_mistake_is_one_sentence_and_no_trace(tmp_path):
+    command = [sys.executable, "eval_model.py", "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "trainer/train_full_sft.py" in done.stderr
+
+
+def test_prompts_print_the_answers_alone(out, capsys):
+    arguments = ["--out_dir", str(out), *SHORT, "--seed", "3", "--prompt", "你好", "--prompt", "再见"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr()
+    assert "tokens/s" in first.err
+    assert "full_sft_64.pth" in first.err
+    assert "tokens/s" not in first.out
+    assert "full_sft" not in first.out
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == first.out
+    assert cli.main([*arguments[:-2], "--temperature", "0"]) == 0
+    assert first.out != capsys.readouterr().out
+
+
+def test_answers_stand_on_lines_of_their_own(out, capsys, monkeypatch):
+    say(monkeypatch, bytes_as_tokens("甲"), bytes_as_tokens("乙 b"))
+    cli.main(["--out_dir", str(out), "--device", "cpu", "--prompt", "一", "--prompt", "二"])
+    assert capsys.readouterr().out == "甲\n乙 b\n"
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_mode_chooses_weights_and_prompt(out, capsys, monkeypatch, mode):
+    prompts = say(monkeypatch, [])
+    cli.main(["--out_dir", str(out), "--device", "cpu", "--model_mode", str(mode), "--prompt", "长城"])
+    tokenizer = Tokenizer.load()
+    chat = tokenizer.encode_chat([{"role": "user", "content": "长城"}], add_generation_prompt=True)[0]
+    assert prompts == [[1, *tokenizer.encode("长城")] if mode == 0 else chat]
+    assert ("pretrain_64.pth" if mode == 0 else "full_sft_64.pth") in capsys.readouterr().err
+
+
+def test_characters_are_printed_whole(out, monkeypatch):
+    text = "猫🦉é。"
+    say(monkeypatch, bytes_as_tokens(text) + bytes_as_tokens("尾")[:2])  # cut in the middle of a character
+    written = []
+    stdout = io.StringIO()
+    stdout.write = written.append
+    monkeypatch.setattr(sys, "stdout", stdout)
+    cli.main(["--out_dir", str(out), "--device", "cpu", "--prompt", "?"])
+    assert [piece for piece in written if piece.strip()] == list(text)
+
+
+def test_typed_questions_keep_and_clear_their_history(talk, monkeypatch):
+    prompts = say(monkeypatch, *[bytes_as_tokens("好")] * 4)
+    printed = talk("1\n一\n\n  \n二\n/clear\n三\n四\n", "--history_cnt", "2")
+    decode = Tokenizer.load().decode
+    assert [decode(p).count("user") for p in prompts] == [1, 2, 1, 2]
+    assert [mark in decode(prompts[3]) for mark in "一二三四"] == [False, False, True, True]
+    assert printed.count("tokens/s") == 4
+    assert printed.rstrip().endswith("bye")
+
+
+def test_ctrl_c_stops_one_answer_and_keeps_the_session(talk, monkeypatch):
+    prompts = say(monkeypatch, KeyboardInterrupt, bytes_as_tokens("好"))
+    printed = talk("1\n一\n二\n", "--history_cnt", "2")
+    assert "停\n[1 tokens" in printed
+    assert "好\n[3 tokens" in printed
+    assert "停" in Tokenizer.load().decode(prompts[1])
+
+
+def test_ctrl_c_ends_a_script(out, monkeypatch):
+    say(monkeypatch, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["--out_dir", str(out), "--device", "cpu", "--prompt", "一"])
+
+
+@pytest.mark.parametrize(("mode", "texts"), [("0", cli.BEGINNINGS), ("1", cli.QUESTIONS)])
+def test_the_automatic_test_asks_what_suits_the_mode(talk, mode, texts):
+    printed = talk("0\n", "--model_mode", mode)
+    assert all(text in printed for text in texts)
+    assert printed.count("tokens/s") == len(texts)
+
+
+@pytest.mark.parametrize("typed", ["", "1\n", "1"])
+def test_nothing_typed_is_a_polite_end(talk, typed):
+    assert talk(typed).rstrip().endswith("bye")
+
+
+def test_a_question_instead_of_a_choice_is_answered(talk):
+    assert talk("你好\n").count("tokens/s") == 1
+
+
+def test_too_long_a_message_does_not_end_the_talk(talk):
+    printed = talk(f"1\n{'很长' * 200}\n短\n", "--max_seq_len", "60")
+    assert "--max_seq_len 60 leaves" in printed
+    assert printed.count("tokens/s") == 1
+
+
+def test_of_several_files_the_default_shape_or_the_smallest_is_taken(tmp_path, capsys):
+    def taken(*arguments: str) -> str:
+        cli.main(["--out_dir", str(tmp_path), *SHORT, "--prompt", "一", *arguments])
+        return capsys.readouterr().err
+
+    save_random(tmp_path / "full_sft_128.pth", hidden_size=128)
+    save_random(tmp_path / "full_sft_64.pth")
+    save_random(tmp_path / "full_sft_64_moe.pth", num_experts=4)
+    (tmp_path / "full_sft_64.backup.pth").write_text("not ours")
+    assert "taking full_sft_64.pth; --hidden_size and --use_moe choose another: " in taken()
+    assert "\nfull_sft_64_moe.pth" in "\n" + taken("--use_moe")
+    assert "taking full_sft_64.pth" in taken("--hidden_size", "64")
+    assert "taking full_sft_64.pth" in taken("--use_moe", "False")
+    assert "\nfull_sft_128.pth" in "\n" + taken("--hidden_size", "128", "--use_moe", "no")
+    save_random(tmp_path / "full_sft_512.pth", hidden_size=512)
+    assert "taking full_sft_512.pth" in taken()
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        cli.main(["--device", "cpu", "--prompt", "一", *arguments])
+    return str(caught.value)
+
+
+def test_missing_weights_name_the_command_that_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    out = ["--out_dir", str(tmp_path)]
+    message = refused(*out, "--model_mode", "2")
+    assert "no rlhf weights" in message
+    assert "python trainer/train_dpo.py" in message
+    assert cli.NOT_YET in message
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/train_full_sft.py").touch()
+    message = refused(*out, "--hidden_size", "768")
+    assert message.endswith("make them with: python trainer/train_full_sft.py --hidden_size 768")
+
+
+def test_weights_of_another_shape_are_refused_with_both_sizes(out, tmp_path):
+    message = refused("--out_dir", str(out), "--num_hidden_layers", "8")
+    assert "num_hidden_layers 2, but 8" in message
+    save_random(tmp_path / "full_sft_256.pth")
+    message = refused("--out_dir", str(tmp_path), "--preset", "tiny")
+    assert f"hidden_size 64, but {PRESETS['tiny'].hidden_size}" in message
+
+
+def test_another_vocabulary_is_refused_with_both_sizes(tmp_path):
+    save_random(tmp_path / "full_sft_64.pth", vocab_size=123)
+    message = refused("--out_dir", str(tmp_path))
+    assert "123" in message
+    assert str(Tokenizer.load().vocab_size) in message
+    assert "--tokenizer_path" in message
+
+
+def test_damaged_or_diverged_weights_are_refused(tmp_path):
+    file = tmp_path / "full_sft_64.pth"
+    file.write_bytes(b"half a file")
+    assert "not a readable weight file" in refused("--out_dir", str(tmp_path))
+    model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1))
+    model.model.norm.weight.data[3] = torch.nan
+    save_weights(model, file)
+    assert "not numbers" in refused("--out_dir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top_p", "0"], "top_p"),
+        (["--top_p", "1.5"], "top_p"),
+        (["--top_k", "0"], "top_k"),
+        (["--repetition_penalty", "0"], "repetition_penalty"),
+        (["--history_cnt", "3"], "history_cnt"),
+        (["--max_seq_len", "0"], "max_seq_len"),
+        (["--max_new_tokens", "-5"], "max_new_tokens"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--device", "meta"], "--device meta"),
+        (["--load", "1"], "--load 1"),
+        (["--lora_name", "lora_medical"], "lora_medical"),
+        (["--tokenizer_path", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_wrong_values_are_named(out, arguments, words):
+    assert words in refused("--out_dir", str(out), *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--model_mode", "4"], ["--use_moe", "maybe"], ["--preset", "huge"], ["--top_p", "much"]]
+)
+def test_wrong_words_leave_with_a_code(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2  # usage, and what is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [([], None), (["--use_moe"], True), (["--use_moe", "False"], False), (["--use_moe", "0"], False)]
+    + [(["--use_moe", word], True) for word in ("True", "1", "yes")],
+)
+def test_use_moe_means_what_it_says(arguments, meant):
+    assert cli.argument_parser().parse_args(arguments).use_moe is meant
+
+
+def test_lora_none_is_the_seeds_word_for_no_adapter(out, capsys):
+    assert cli.main(["--out_dir", str(out), *SHORT, "--prompt", "一", "--lora_name", "None"]) == 0
