@@ -46,7 +46,7 @@ class Batch:
     @property
     def num_target_tokens(self) -> int:
         """Labels that count in the loss, whatever their weight."""
-        return int(torch.count_nonzero(self.loss_mask))
+        return len(self.targets_at)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
@@ -79,10 +79,13 @@ class PackedDataset:
         self.num_rows = len(self._packing.rows)
         self.padding_fraction = 1 - segments.lengths.sum() / max(self.num_rows * max_seq_len, 1)
 
-    def batch(self, epoch: int, row_start: int, row_count: int) -> Batch:
-        """Rows `row_start` … `row_start + row_count - 1` of an epoch; fewer where the epoch ends before."""
+    def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> Batch:
+        """Rows `row_start` … `row_start + row_count - 1` of an epoch; fewer where the epoch ends before.
+
+        Rows of padding make it up to `min_rows`, for those who need batches of one shape.
+        """
         rows = range(row_start, min(row_start + row_count, self.num_rows))
-        shape = (len(rows), self.max_seq_len)
+        shape = (max(len(rows), min_rows), self.max_seq_len)
         arrays = Batch(
             input_ids=np.full(shape, self.pad_id, np.int64),
             labels=np.full(shape, self.pad_id, np.int64),
@@ -143,7 +146,7 @@ def prefetch(iterable: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     What `iterable` raises is raised here. The thread ends with the generator, also if that is closed early.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-    room = threading.Semaphore(depth)
+    room = threading.Semaphore(depth - 1)  # the thread always makes one
     closed = threading.Event()
 
     def work() -> None:

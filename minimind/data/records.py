@@ -250,7 +250,7 @@ def _why_no_json(line: bytes, error: Exception) -> str:
     try:
         json.dumps(json.loads(line), ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        return f"broken JSON: {error.msg} at column {error.colno}"
+        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     except UnicodeEncodeError:
         return "half of a \\ud800–\\udfff pair, which is no character"
     except RecursionError:

@@ -75,7 +75,7 @@ class TokenStore:
                 return None
             if any((folder / name).stat().st_size != size for name, size in meta["files"].items()):
                 return None
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
         def array(name: str, dtype: str | np.dtype) -> np.ndarray:

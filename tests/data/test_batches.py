@@ -1,0 +1,252 @@
+"""Batches against a plain reading of the documents, the held-out choice, and reading ahead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.data.batches import Batch, PackedDataset, prefetch, split_holdout
+from minimind.data.prepare import prepare
+from minimind.data.store import TokenStore
+
+TEXTS = [{"text": "白日依山尽，黄河入海流。" * (n % 7 + 1) + str(n)} for n in range(40)]
+CHATS = [
+    {
+        "conversations": [
+            {"role": "user", "content": "数到" + str(n)},
+            {"role": "assistant", "content": "、".join(map(str, range(n + 1)))},
+            {"role": "user", "content": "谢谢"},
+            {"role": "assistant", "content": "不客气" * (n % 5 + 1)},
+        ]
+    }
+    for n in range(40)
+]
+
+
+@pytest.fixture
+def texts(write_lines, tokenizer) -> TokenStore:
+    return prepare(write_lines(*TEXTS), "pretrain", tokenizer, progress=False)
+
+
+@pytest.fixture
+def chats(write_lines, tokenizer) -> TokenStore:
+    return prepare(write_lines(*CHATS), "conversation", tokenizer, progress=False)
+
+
+def dataset(store: TokenStore, max_seq_len: int = 64, **options) -> PackedDataset:
+    return PackedDataset(store, max_seq_len, **{"seed": 3, "pad_id": 0, "eos_id": 2, **options})
+
+
+def segments_of(batch: Batch) -> list[dict[str, list]]:
+    """The parts of a batch that lie between borders of documents, checking what all rows must obey."""
+    found = []
+    for row in range(len(batch.input_ids)):
+        ids = batch.document_ids[row]
+        real = ids >= 0
+        assert real[: real.sum()].all(), "padding is at the end"
+        assert ids[real].tolist() == sorted(ids[real].tolist())
+        for name, value in (("input_ids", 0), ("labels", 0), ("loss_mask", 0), ("position_ids", 0)):
+            assert (getattr(batch, name)[row][~real] == value).all()
+        assert sorted(set(ids[real].tolist())) == list(range(int(ids.max()) + 1))
+        for number in range(int(ids.max()) + 1):
+            here = ids == number
+            assert batch.position_ids[row][here].tolist() == list(range(int(here.sum())))
+            names = ("input_ids", "labels", "loss_mask")
+            found.append({name: getattr(batch, name)[row][here].tolist() for name in names})
+    return found
+
+
+def test_rows_of_texts_are_the_documents(texts):
+    data = dataset(texts, 512)
+    batch = data.batch(0, 0, data.num_rows)
+    found = Counter(tuple(part["input_ids"] + part["labels"][-1:]) for part in segments_of(batch))
+    assert found == Counter(tuple(texts.document(i).tolist()) for i in range(40))
+    for part in segments_of(batch):
+        assert part["labels"][:-1] == part["input_ids"][1:]
+        assert set(part["loss_mask"]) == {1.0}
+    assert batch.num_target_tokens == texts.meta["num_target_tokens"]
+    padding = (batch.document_ids < 0).float().mean().item()
+    assert padding == pytest.approx(data.padding_fraction, abs=1e-6)
+
+
+def test_rows_of_conversations_end_with_answers_and_mask_the_rest(chats, tokenizer):
+    data = dataset(chats, 128)
+    expected = Counter()
+    for chat in CHATS:
+        ids, mask = tokenizer.encode_chat(chat["conversations"])
+        ends = [p for p in range(len(ids)) if ids[p] == 2 and mask[p] and p <= 128]
+        if ends:
+            expected[
+                (tuple(ids[: ends[-1]]), tuple(ids[1 : ends[-1] + 1]), tuple(mask[1 : ends[-1] + 1]))
+            ] += 1
+    found = segments_of(data.batch(5, 0, data.num_rows))
+    assert Counter(tuple(map(tuple, part.values())) for part in found) == expected
+    assert 0 < data.report.cut + data.report.dropped < 40
+
+
+def test_targets_are_found_by_their_flat_indices(chats):
+    batch = dataset(chats, 128).batch(0, 1, 3)
+    mask = batch.loss_mask.flatten()
+    assert batch.targets_at.tolist() == [i for i, weight in enumerate(mask.tolist()) if weight]
+    assert 0 < batch.num_target_tokens == len(batch.targets_at) < mask.numel()
+
+
+def test_rows_of_padding_make_up_a_shape(texts):
+    data = dataset(texts)
+    short = data.batch(0, data.num_rows - 1, 4)
+    full = data.batch(0, data.num_rows - 1, 4, min_rows=4)
+    assert (len(short.input_ids), len(full.input_ids)) == (1, 4)
+    assert torch.equal(full.input_ids[:1], short.input_ids)
+    assert (full.document_ids[1:] == -1).all()
+    assert full.num_target_tokens == short.num_target_tokens
+    assert len(data.batch(0, data.num_rows, 4, min_rows=2).input_ids) == 2
+    assert len(data.batch(0, 0, 4, min_rows=2).input_ids) == 4
+
+
+def test_weights_above_one_reach_the_loss_mask(chats):
+    weights = chats.weights.copy()
+    weights[weights > 0] = 10
+    batch = dataset(replace(chats, weights=weights), 128).batch(0, 0, 2)
+    assert set(batch.loss_mask.unique().tolist()) == {0.0, 10.0}
+    assert batch.num_target_tokens == dataset(chats, 128).batch(0, 0, 2).num_target_tokens
+
+
+def test_shapes_and_types(texts):
+    batch = dataset(texts).batch(0, 0, 3)
+    types = {field.name: getattr(batch, field.name).dtype for field in fields(Batch)}
+    assert types == {
+        "input_ids": torch.int64,
+        "labels": torch.int64,
+        "loss_mask": torch.float32,
+        "position_ids": torch.int64,
+        "document_ids": torch.int32,
+        "targets_at": torch.int64,
+    }
+    assert {tuple(getattr(batch, name).shape) for name in types if name != "targets_at"} == {(3, 64)}
+    moved = batch.to("meta", non_blocking=True)
+    assert {getattr(moved, name).device.type for name in types} == {"meta"}
+
+
+def test_any_row_of_any_epoch_at_once(texts):
+    data = dataset(texts)
+    rows = [data.batch(2, row, 1) for row in range(data.num_rows)]
+    fresh = dataset(texts)
+    batch = fresh.batch(2, 4, 5)
+    for field in fields(Batch):
+        whole = torch.cat([getattr(row, field.name) for row in rows[4:9]])
+        if field.name != "targets_at":
+            assert torch.equal(getattr(batch, field.name), whole)
+    assert len(fresh.batch(2, data.num_rows - 2, 5).input_ids) == 2
+    assert len(fresh.batch(2, data.num_rows, 5).input_ids) == 0
+    assert not torch.equal(fresh.batch(3, 4, 5).input_ids, batch.input_ids)
+    assert not torch.equal(dataset(texts, seed=4).batch(2, 4, 5).input_ids, batch.input_ids)
+
+
+def test_source_lines_name_the_records_of_a_row(write_lines, tokenizer):
+    records = [line for text in TEXTS for line in (b"", text)]
+    store = prepare(write_lines(*records), "pretrain", tokenizer, progress=False)
+    data = dataset(store, 512)
+    row = data.batch(1, 1, 1)
+    texts = [text["text"] for text in TEXTS]
+    numbers = [texts.index(tokenizer.decode(part["input_ids"])) for part in segments_of(row)]
+    assert len(numbers) > 2
+    assert data.source_lines(1, 1) == sorted(2 * n + 2 for n in numbers)
+
+
+def test_only_the_chosen_documents(texts):
+    documents = np.array([3, 5, 8])
+    data = dataset(texts, 512, documents=documents)
+    found = [part["input_ids"] for part in segments_of(data.batch(0, 0, data.num_rows))]
+    assert sorted(found) == sorted(texts.document(i).tolist()[:-1] for i in documents)
+    assert data.report.documents == 3
+
+
+def test_no_documents_no_rows(texts, chats):
+    for store in (texts, chats):
+        data = dataset(store, documents=np.arange(0))
+        assert (data.num_rows, data.padding_fraction) == (0, 1.0)
+
+
+def with_fingerprints(store: TokenStore, fingerprints: list[int]) -> TokenStore:
+    n = len(fingerprints)
+    return replace(store, lines=np.arange(1, n + 1), fingerprints=np.array(fingerprints, np.uint32))
+
+
+def test_holdout_depends_on_contents_alone(texts):
+    contents = np.random.default_rng(0).integers(0, 2**32, 5000).tolist()
+    store = with_fingerprints(texts, contents)
+    training, held = split_holdout(store)
+    assert len(held) == 50
+    assert sorted([*training, *held]) == list(range(5000))
+    assert (np.diff(training) > 0).all()
+    assert (np.diff(held) > 0).all()
+    assert held.max() > 4000 > 1000 > held.min()  # from the whole file
+
+    _, held_of_reversed = split_holdout(with_fingerprints(texts, contents[::-1]))
+    assert {contents[i] for i in held} == {contents[::-1][i] for i in held_of_reversed}
+    _, more = split_holdout(store, fraction=0.02)
+    assert {contents[i] for i in held} < {contents[i] for i in more}
+    assert len(split_holdout(store, fraction=0.5, max_documents=200)[1]) == 200
+
+
+def test_copies_are_on_one_side(texts):
+    contents = np.random.default_rng(1).integers(0, 400, 5000).tolist()
+    training, held = split_holdout(with_fingerprints(texts, contents), fraction=0.1)
+    assert not {contents[i] for i in training} & {contents[i] for i in held}
+    assert 470 < len(held) <= 500
+    # One text that makes up most of the file cannot be held out, and does not stop others from being.
+    contents = [7] * 4000 + list(range(1000, 2000))
+    training, held = split_holdout(with_fingerprints(texts, contents))
+    assert len(held) == 50
+    assert held.min() >= 4000
+
+
+def test_small_stores_hold_nothing_out(texts):
+    for count, expected in ((99, 0), (100, 1)):
+        training, held = split_holdout(with_fingerprints(texts, list(range(count))))
+        assert (len(training), len(held)) == (count - expected, expected)
+
+
+def test_prefetch_gives_everything_in_order_and_stays_ahead():
+    made = []
+
+    def source():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    ahead = prefetch(source(), depth=3)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2, 3]
+    assert list(ahead) == list(range(1, 20))
+
+
+def test_prefetch_hands_exceptions_on():
+    def source():
+        yield 1
+        raise RuntimeError("no more")
+
+    ahead = prefetch(source())
+    assert next(ahead) == 1
+    with pytest.raises(RuntimeError, match="no more"):
+        next(ahead)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_prefetch_closed_early_leaves_no_thread(taken):
+    before = threading.active_count()
+    ahead = prefetch(iter(range(100)), depth=2)
+    for _ in range(taken):
+        next(ahead)
+    ahead.close()
+    assert threading.active_count() == before
