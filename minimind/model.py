@@ -71,6 +71,16 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision of matrix products on x: under autocast its dtype, else x's own.
+
+    The residual stream stays fp32 under autocast. What branches off from it is cast here once, rather than
+    by autocast before each of the projections that read it.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467), computed in fp32."""
 
@@ -80,7 +90,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).type_as(x)
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return y.to(compute_dtype(x))
 
 
 class RotaryEmbedding(nn.Module):
@@ -106,7 +117,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def yarn_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
-    """YaRN's "NTK-by-parts": slow rotations are interpolated, fast ones kept (arXiv:2309.00071, section 3.2)."""
+    """YaRN: slow rotations are interpolated, fast ones kept ("NTK-by-parts", arXiv:2309.00071, 3.2)."""
     scaling: YarnScaling = config.rope_scaling
 
     def dimension_of(rotations: float) -> float:  # the dimension that turns so often over the trained length
@@ -220,7 +231,7 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device).expand(rows, -1)
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        rotary = self.rotary(position_ids, x.dtype)
+        rotary = self.rotary(position_ids, compute_dtype(x))
         mask = attention_mask(length, past, document_ids, input_ids.device)
         is_token = None if document_ids is None else document_ids >= 0
 

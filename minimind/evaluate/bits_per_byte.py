@@ -1,0 +1,51 @@
+"""Bits per byte: how well a model predicts text, comparable between tokenizers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from minimind.data.batches import PackedDataset
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+from minimind.train.objective import token_losses
+from minimind.train.parallel import Parallel
+
+
+class Score(NamedTuple):
+    loss: float  # mean cross-entropy of a target token, in nats
+    bits_per_byte: float  # all cross-entropy, in bits, over the UTF-8 bytes of the target tokens
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: MiniMind,
+    data: PackedDataset,
+    tokenizer: Tokenizer,
+    parallel: Parallel,
+    batch_size: int,
+    max_rows: int | None = None,
+) -> Score:
+    """Score `model` on the first `max_rows` rows of `data`, shared out over the processes.
+
+    Control tokens count in the loss and as zero bytes, so ending a text wrongly costs bits too.
+    """
+    bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # nats, tokens, bytes
+    rows = min(data.num_rows, max_rows or data.num_rows)
+    was_training = model.training
+    model.eval()
+    for start in range(parallel.rank * batch_size, rows, parallel.world_size * batch_size):
+        count = min(batch_size, rows - start)
+        batch = data.batch(0, start, count, min_rows=batch_size).to(parallel.device)
+        with parallel.autocast():
+            nll, _, _ = token_losses(model, batch)
+        labels = batch.labels.flatten()[batch.targets_at]
+        sums += torch.stack(
+            [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[labels].sum().to(sums)]
+        )
+    model.train(was_training)
+    nats, tokens, num_bytes = parallel.sum(sums).tolist()
+    return Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1))

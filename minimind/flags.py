@@ -1,0 +1,58 @@
+"""Command-line flags from a dataclass: each field is a flag, its default the default, its `help` the help.
+
+Imports nothing heavy, so that every `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+YES, NO = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def boolean(text: str) -> bool:
+    """`--use_moe 1`, `True`, `yes`: on. `0`, `False`, `no`: off. Anything else is refused."""
+    if text.lower() in YES | NO:
+        return text.lower() in YES
+    raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write 1 or 0")
+
+
+def flag(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_flags(options: type[Options], argv: Sequence[str] | None, description: str) -> Options:
+    """Read `argv` (default: the process's arguments) into the dataclass `options`.
+
+    A bare boolean flag means yes: `--use_wandb` and `--use_wandb 1` are the same. A wrong flag exits with
+    argparse's message and code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(options)
+    for item in fields(options):
+        parser.add_argument(f"--{item.name}", **argument(item, hints[item.name]))
+    return options(**vars(parser.parse_args(argv)))
+
+
+def argument(item: Field, hint: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` for one field."""
+    if isinstance(hint, types.UnionType):  # `int | None`: None is only a default
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    shown = "" if item.default in (None, "") else f" (default: {item.default})"
+    arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
+    if hint is bool:
+        return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
+    if item.metadata["choices"]:
+        return arguments | {"choices": item.metadata["choices"]}
+    return arguments | {"type": hint, "metavar": "PATH" if hint is Path else hint.__name__.upper()}

@@ -1,0 +1,23 @@
+"""Pretraining: learn to continue text. Every token but a document's first is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.flags import flag, parse_flags
+from minimind.paths import DATASET_DIR
+from minimind.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class PretrainOptions(TrainOptions):
+    data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on, plain or .gz")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(PretrainOptions, argv, __doc__)
+    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+
+    return train(Stage("pretrain", data_kind="pretrain"), options)

@@ -1,0 +1,26 @@
+"""Supervised fine-tuning: learn to answer. Targets are the assistant's words and the token that ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.flags import flag, parse_flags
+from minimind.paths import DATASET_DIR
+from minimind.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class SFTOptions(TrainOptions):
+    data_path: Path = flag(DATASET_DIR / "sft_mini_512.jsonl", "JSONL file to train on, plain or .gz")
+    epochs: int = flag(2, "passes over the data")
+    batch_size: int = flag(16, "rows in one forward and backward pass of one device")
+    accumulation_steps: int = flag(1, "passes that make up one optimizer step")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(SFTOptions, argv, __doc__)
+    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+
+    return train(Stage("full_sft", data_kind="conversation", starts_from=("pretrain",)), options)

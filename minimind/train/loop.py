@@ -1,0 +1,530 @@
+"""The one training loop. A stage brings data, an objective and weights to start from; the rest is here.
+
+    train(stage, options)
+        prepare data → build the model → [resume] → steps → final weights
+
+One optimizer step is `batch_size × accumulation_steps` rows of every process. Which rows is a pure function
+of (seed, step), the loss is the mean over all target tokens of the step, and a checkpoint holds all the
+rest; so a run that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from minimind.config import model_config
+from minimind.data.batches import Batch, PackedDataset, prefetch, split_holdout
+from minimind.data.prepare import prepare
+from minimind.data.records import Kind
+from minimind.errors import UserError
+from minimind.evaluate.bits_per_byte import bits_per_byte
+from minimind.files import atomic_write
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+from minimind.train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    remove_checkpoints,
+    save_checkpoint,
+    set_random_state,
+)
+from minimind.train.monitor import Monitor, duration, matmul_rate
+from minimind.train.objective import Loss, next_token_loss
+from minimind.train.optim import build_optimizers, learning_rate_scale
+from minimind.train.options import TrainOptions
+from minimind.train.parallel import Parallel, setup
+from minimind.weights import load_model, save_weights
+
+EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
+SMALL_MODEL = 8_000_000  # parameters; below, compiling pays on a CPU too
+
+# Options that decide what a run computes: a resumed run must have the same.
+FIXED_IN_A_RUN = (
+    "max_seq_len",
+    "epochs",
+    "batch_size",
+    "accumulation_steps",
+    "optimizer",
+    "learning_rate",
+    "warmup_iters",
+    "weight_decay",
+    "grad_clip",
+    "max_steps",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is particular to one kind of training."""
+
+    name: str  # first part of the weight file's name
+    data_kind: Kind
+    starts_from: tuple[str, ...] = ()  # weight files to start from, the first that exists
+    objective: Callable[[MiniMind, Batch, float], Loss] = next_token_loss
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; raised between two batches, with the weights of the last full step."""
+
+
+def train(stage: Stage, options: TrainOptions) -> int:
+    """Run a stage from start to end. Returns the process's exit code: 0, or 128 + the signal that ended it.
+
+    Raises: UserError for whatever the user can mend, before or during training.
+    """
+    parallel = setup(options.device, options.dtype)
+    code = Trainer(stage, options, parallel).run()
+    parallel.close()
+    return code
+
+
+class Trainer:
+    """State of one run. Build it, then `run` it once."""
+
+    def __init__(self, stage: Stage, options: TrainOptions, parallel: Parallel) -> None:
+        self.stage, self.options, self.parallel = stage, options, parallel
+        self.tokenizer = Tokenizer.load(options.tokenizer_path)
+        self.config = model_config(
+            options.preset,
+            options.hidden_size,
+            options.num_hidden_layers,
+            options.use_moe,
+            self.tokenizer.vocab_size,
+        )
+        self.weights_path = options.out_dir / f"{stage.name}_{self.config.name}.pth"
+        self.run_dir = options.out_dir / "runs" / self.weights_path.stem
+        check_writable(options.out_dir)
+        torch.manual_seed(options.seed)
+        self.model = self.initial_model().to(parallel.device)
+        self.data, self.held_out = self.datasets()
+
+        rows_per_step = options.batch_size * options.accumulation_steps * parallel.world_size
+        self.steps_per_epoch = math.ceil(self.data.num_rows / rows_per_step)
+        self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or 10**9)
+        self.warmup_steps = options.warmup_iters
+        if self.warmup_steps is None:
+            self.warmup_steps = min(100, self.total_steps // 50)
+        self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
+        self.rows_per_step = rows_per_step
+
+        self.compiled = self.compile()
+        self.trained = parallel.wrap(self.model)
+        self.optimizers = build_optimizers(
+            self.model, options.optimizer, options.learning_rate, options.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
+        self.replaces_checkpoints = False
+
+    # ---- Before the first step ----
+
+    def initial_model(self) -> MiniMind:
+        """Random weights, or those of the stage that comes before this one."""
+        if not self.stage.starts_from:
+            return MiniMind(self.config)
+        paths = [self.options.out_dir / f"{name}_{self.config.name}.pth" for name in self.stage.starts_from]
+        path = next((p for p in paths if p.is_file()), paths[-1])
+        size = f" --hidden_size {self.config.hidden_size}" if self.config.hidden_size != 512 else ""
+        moe = " --use_moe 1" if self.config.num_experts else ""
+        command = f"python trainer/train_{self.stage.starts_from[-1]}.py{size}{moe}"
+        return load_model(path, command, expected=self.config)
+
+    def datasets(self) -> tuple[PackedDataset, PackedDataset | None]:
+        """Rows to train on and rows held out; the latter None where there is nothing to hold out."""
+        options = self.options
+
+        def tokens_of(path: Path) -> Any:
+            return prepare(
+                path,
+                self.stage.data_kind,
+                self.tokenizer,
+                on_bad_record=options.on_bad_record,
+                num_workers=options.num_workers,
+                progress=self.parallel.is_main,
+            )
+
+        def rows_of(store: Any, documents: Any = None) -> PackedDataset:
+            ids = {"pad_id": self.tokenizer.pad_id, "eos_id": self.tokenizer.eos_id}
+            return PackedDataset(store, options.max_seq_len, seed=options.seed, documents=documents, **ids)
+
+        if not options.data_path.is_file():
+            raise UserError(
+                f"there is no data at {options.data_path}; put a JSONL file there (dataset/README.md shows "
+                "the formats), name another with --data_path, or try `make demo`, which makes its own"
+            )
+        store = tokens_of(options.data_path)
+        self.data_sha256 = store.meta["content_sha256"]
+        if options.eval_path:
+            data, held_out = rows_of(store), rows_of(tokens_of(options.eval_path))
+        else:
+            training, held = split_holdout(store)
+            data = rows_of(store, training)
+            held_out = rows_of(store, held) if len(held) else None
+        if data.num_rows == 0:
+            raise UserError(
+                f"{options.data_path}: no record fits into --max_seq_len {options.max_seq_len}; raise it"
+            )
+        return data, held_out if held_out and held_out.num_rows else None
+
+    def compile(self) -> bool:
+        """Compile the decoder where that is wanted and possible; parameter names stay as they are."""
+        options, device = self.options, self.parallel.device
+        wanted = options.compile == "1"
+        if options.compile == "auto":
+            small = self.model.num_parameters < SMALL_MODEL
+            steady = not self.config.num_experts  # expert blocks change their shape with every batch
+            wanted = steady and (device.type == "cuda" or (device.type == "cpu" and small))
+        can = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
+        if wanted and not can and options.compile == "1":
+            raise UserError(
+                "--compile 1 needs a C++ compiler (CPU: install g++) or triton (CUDA); or --compile 0"
+            )
+        if wanted and can:
+            self.model.model.compile()
+        return bool(wanted and can)
+
+    def resume(self, say: Callable[[str], None]) -> int:
+        """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
+        folder = self.run_dir / "checkpoints"
+        if not self.options.from_resume:
+            self.replaces_checkpoints = bool(list_checkpoints(folder))
+            if self.replaces_checkpoints:
+                say(
+                    f"starting anew; the checkpoints in {folder} are kept until this run writes its first "
+                    "(--from_resume 1 would go on from them)"
+                )
+            return 0
+        state = load_checkpoint(folder, say)
+        if state is None:
+            say(f"there is no checkpoint in {folder}; starting at the first step")
+            return 0
+        self.check_same_run(state["run"])
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"])
+        say(f"resumed at step {state['step']} of {self.total_steps}")
+        return state["step"]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run this run: all that decides its results."""
+        options = {name: getattr(self.options, name) for name in FIXED_IN_A_RUN}
+        data = {"data (its content)": self.data_sha256, "tokenizer": self.tokenizer.fingerprint}
+        return options | data | {"world size": self.parallel.world_size} | dataclasses.asdict(self.config)
+
+    def check_same_run(self, saved: dict[str, Any]) -> None:
+        now = self.identity()
+        changed = [
+            f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]
+        ]
+        if changed:
+            raise UserError(
+                "the checkpoint belongs to another run: "
+                + "; ".join(changed)
+                + ". Give the same flags and data, or start anew with --from_resume 0"
+            )
+
+    # ---- Training ----
+
+    def run(self) -> int:
+        options = self.options
+        start = self.resume(self.say)
+        self.peak_rate = matmul_rate(self.parallel.device, self.parallel.dtype)
+        self.monitor = Monitor(
+            self.run_dir,
+            is_main=self.parallel.is_main,
+            total_steps=self.total_steps,
+            first_step=start,
+            log_interval=options.log_interval,
+        )
+        steps = closing(prefetch(self.step_batches(start)))
+        with StopSignals() as signals, self.monitor as monitor, steps as steps:
+            if options.use_wandb:
+                monitor.start_wandb(options.wandb_project, self.weights_path.stem, self.settings())
+            self.introduce()
+            began, tokens = time.perf_counter(), 0
+            done = start
+            try:
+                for batches in steps:
+                    values = self.optimizer_step(done, batches, signals)
+                    done += 1
+                    tokens += int(values["tokens"])
+                    monitor.step(done, values)
+                    last = done == self.total_steps
+                    if last or done % self.eval_interval == 0:
+                        self.evaluate(done, full=last)
+                    if last or done % options.save_interval == 0:
+                        self.save(done)
+                    if self.parallel.any(signals.received is not None) and not last:
+                        raise Interrupted
+            except Interrupted:
+                self.save(done)
+                monitor.say(
+                    f"stopped at step {done} of {self.total_steps}; everything is saved: the same command "
+                    "with --from_resume 1 goes on from here"
+                )
+                return 128 + (signals.received or signal.SIGTERM)
+            self.save_final(done, start)
+            seconds = time.perf_counter() - began
+            monitor.say(
+                f"{self.weights_path}: {tokens:,} tokens in {duration(seconds)} "
+                f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+            )
+        return 0
+
+    def step_batches(self, first_step: int) -> Iterator[list[Batch]]:
+        """The micro-batches of this process for each step from `first_step` on."""
+        options, parallel = self.options, self.parallel
+        for step in range(first_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            first_row = step_in_epoch * self.rows_per_step
+            batches = []
+            for i in range(options.accumulation_steps):
+                row = first_row + (i * parallel.world_size + parallel.rank) * options.batch_size
+                rows_left = self.data.num_rows - (row - parallel.rank * options.batch_size)
+                if rows_left <= 0:  # no process has rows for this pass
+                    break
+                # A process without rows takes part with padding; compiled code wants one shape.
+                fewest = options.batch_size if self.compiled else 1
+                batch = self.data.batch(epoch, row, options.batch_size, min_rows=fewest)
+                batches.append(batch.pin_memory() if parallel.device.type == "cuda" else batch)
+            yield batches
+
+    def optimizer_step(self, step: int, batches: list[Batch], signals: StopSignals) -> dict[str, float]:
+        """One update from `batches`; returns what to log.
+
+        Raises: Interrupted on a signal, UserError when loss or gradient are not finite. Either way the
+        weights are those before the step.
+        """
+        began = time.perf_counter()
+        device, world = self.parallel.device, self.parallel.world_size
+        counts = torch.tensor(
+            [
+                sum(b.loss_mask.sum().item() for b in batches),
+                sum((b.document_ids >= 0).sum().item() for b in batches),
+            ],
+            dtype=torch.float64,
+            device=device,
+        )
+        targets, tokens = self.parallel.sum(counts).tolist()
+
+        losses, metrics = [], []
+        for i, batch in enumerate(batches):
+            if signals.received and world == 1:
+                raise Interrupted
+            with self.gradients_stay_local(i + 1 < len(batches)), self.parallel.autocast():
+                batch = batch.to(device, non_blocking=True)
+                loss = self.stage.objective(self.trained, batch, self.config.router_aux_loss_coef)
+                # Processes' gradients are averaged, but the step's loss is a sum over them.
+                self.scaler.scale(loss.total * (world / max(targets, 1))).backward()
+            losses.append(loss.cross_entropy)
+            metrics.append(loss.metrics)
+
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        loss_sum = self.parallel.sum(torch.stack(losses).double().sum())
+        loss, grad_norm = loss_sum.item() / max(targets, 1), norm.item()
+        scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.scaler.is_enabled()):
+            raise self.not_finite(step, batches, losses, scale)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+        seconds = time.perf_counter() - began
+        flops = (
+            6 * self.active_parameters() * tokens
+        )  # Kaplan et al. 2020, arXiv:2001.08361, without attention
+        logged = {
+            "loss": loss,
+            "lr": self.options.learning_rate * scale,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else -1.0,
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "mfu": flops / seconds / world / self.peak_rate,
+            "epoch": step // self.steps_per_epoch,
+        }
+        for name in metrics[0]:
+            logged[name] = torch.stack([m[name] for m in metrics]).mean().item()
+        return logged
+
+    def gradients_stay_local(self, more_to_come: bool) -> Any:
+        """Under several processes, only the last pass of a step exchanges gradients."""
+        if more_to_come and self.parallel.world_size > 1:
+            return self.trained.no_sync()
+        return torch.enable_grad()
+
+    def active_parameters(self) -> int:
+        """Parameters a token is multiplied with: all, less the experts it does not visit."""
+        total = self.model.num_parameters
+        if self.config.num_experts:
+            expert = sum(p.numel() for p in self.model.model.layers[0].mlp.experts[0].parameters())
+            idle = self.config.num_experts - self.config.num_experts_per_tok
+            total -= idle * expert * self.config.num_hidden_layers
+        return total
+
+    def not_finite(
+        self, step: int, batches: list[Batch], losses: list[torch.Tensor], scale: float
+    ) -> UserError:
+        """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
+        bad = [i for i, loss in enumerate(losses) if not loss.isfinite()] or range(len(losses))
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        lines: set[int] = set()
+        for i in bad:
+            first = step_in_epoch * self.rows_per_step
+            first += (i * self.parallel.world_size + self.parallel.rank) * self.options.batch_size
+            for row in range(min(self.options.batch_size, self.data.num_rows - first)):
+                if len(bad) == len(losses) or self.row_is_bad(batches[i], row):
+                    lines |= set(self.data.source_lines(epoch, first + row))
+        shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")
+        return UserError(
+            f"the loss or its gradient is not finite at step {step + 1}, learning rate "
+            f"{self.options.learning_rate * scale:.2e}, in the records at {self.options.data_path} lines "
+            f"{shown}. The last good checkpoint is kept: look at these records, or go on from it with "
+            "--from_resume 0 and a lower --learning_rate"
+        )
+
+    @torch.no_grad()
+    def row_is_bad(self, batch: Batch, row: int) -> bool:
+        alone = slice(row, row + 1)
+        one = Batch(
+            *(getattr(batch, f.name)[alone] for f in dataclasses.fields(batch)[:-1]),
+            targets_at=batch.loss_mask[alone].flatten().nonzero().flatten(),
+        ).to(self.parallel.device)
+        with self.parallel.autocast():
+            return not self.stage.objective(self.model, one, 0.0).cross_entropy.isfinite().item()
+
+    # ---- Reporting and saving ----
+
+    def say(self, message: str) -> None:
+        if self.parallel.is_main:
+            print(message, flush=True)
+
+    def settings(self) -> dict[str, Any]:
+        """All that a reader of the run's results needs to know, as plain values."""
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        return {
+            "stage": self.stage.name,
+            "options": options,
+            "model": dataclasses.asdict(self.config),
+            "parameters": self.model.num_parameters,
+            "data_sha256": self.data_sha256,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "total_steps": self.total_steps,
+            "device": str(self.parallel.device),
+            "dtype": str(self.parallel.dtype).removeprefix("torch."),
+            "world_size": self.parallel.world_size,
+            "torch": torch.__version__,
+        }
+
+    def introduce(self) -> None:
+        """Write `run.json` and say in a few lines what is about to happen."""
+        if not self.parallel.is_main:
+            return
+        text = json.dumps(self.settings(), indent=2, ensure_ascii=False)
+        atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
+        say, report = self.monitor.say, self.data.report
+        say(
+            f"{self.stage.name}: {self.model.num_parameters / 1e6:.2f} M parameters on "
+            f"{self.parallel.device}, {str(self.parallel.dtype).removeprefix('torch.')}"
+            f"{', compiled' if self.compiled else ''}; matrix products here run at "
+            f"{self.peak_rate / 1e9:,.0f} GFLOP/s"
+        )
+        say(
+            f"data: {self.data.num_rows:,} rows of {self.options.max_seq_len} tokens, "
+            f"{self.data.padding_fraction:.2%} padding; {self.total_steps:,} steps"
+        )
+        if report.split:
+            say(f"data: {report.split:,} texts are longer than a row and were split")
+        if report.cut or report.dropped:
+            say(
+                f"data: of {report.documents:,} conversations {report.cut:,} are too long for --max_seq_len "
+                f"{self.options.max_seq_len} and end after an earlier answer, {report.dropped:,} are left "
+                f"out since no answer fits; {report.lost_target_tokens:,} answer tokens are lost"
+            )
+        if self.held_out is None:
+            say("data: too few records to hold any out, so there is no evaluation; --eval_path names a file")
+
+    def evaluate(self, step: int, full: bool) -> None:
+        if self.held_out is None:
+            return
+        rows = None if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
+        score = bits_per_byte(
+            self.model, self.held_out, self.tokenizer, self.parallel, self.options.batch_size, rows
+        )
+        self.monitor.evaluation(step, {"eval_loss": score.loss, "eval_bpb": score.bits_per_byte})
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` and the weight file."""
+        if self.parallel.is_main:
+            state = {
+                "step": step,
+                "run": self.identity(),
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+                "random": random_state(),
+            }
+            folder = self.run_dir / "checkpoints"
+            if self.replaces_checkpoints:
+                remove_checkpoints(folder)
+                self.replaces_checkpoints = False
+            save_checkpoint(folder, step, state)
+            save_weights(self.model, self.weights_path)
+        self.parallel.barrier()
+
+    def save_final(self, done: int, start: int) -> None:
+        """A run that was resumed at its end has nothing to train, but its weight file may be gone."""
+        if done == start and self.parallel.is_main:
+            save_weights(self.model, self.weights_path)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM as a request to save and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before an hour of training rather than after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out_dir {folder} cannot be written to ({error.strerror})") from None

@@ -1,0 +1,142 @@
+"""What a run says: a live line in the terminal, `metrics.jsonl` always, Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minimind.errors import UserError
+
+
+class Monitor:
+    """Log sink of the main process; the other processes of a run have one that stays silent."""
+
+    def __init__(
+        self, folder: Path, *, is_main: bool, total_steps: int, first_step: int, log_interval: int
+    ) -> None:
+        self.console = Console(stderr=False, quiet=not is_main, highlight=False, soft_wrap=True)
+        self.is_main = is_main
+        self.log_interval = log_interval
+        self.total_steps = total_steps
+        self.started, self.first_step = time.perf_counter(), first_step
+        self.wandb: Any = None
+        self.file = None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "metrics.jsonl"
+            keep_lines_before(path, first_step)
+            self.file = path.open("a", encoding="utf-8")
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} [dim]{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not (is_main and sys.stdout.isatty()),
+            transient=True,
+        )
+        self.task = self.progress.add_task("step", total=total_steps, completed=first_step, status="")
+
+    def __enter__(self) -> Monitor:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Begin a Weights & Biases run. Losing its network must not cost the training: then it is offline."""
+        if not self.is_main:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--use_wandb needs the wandb package: pip install wandb") from None
+        try:
+            self.wandb = wandb.init(project=project, name=name, config=config)
+        except Exception as error:
+            self.say(f"wandb: no connection ({error}); logging offline, send it later with `wandb sync`")
+            self.wandb = wandb.init(project=project, name=name, config=config, mode="offline")
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Log one optimizer step; `step` counts finished ones."""
+        self.write({"step": step} | values)
+        remaining = (
+            (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
+        )
+        status = (
+            f"loss {values['loss']:.3f} · {values['tokens_per_s']:,.0f} tokens/s · MFU {values['mfu']:.0%}"
+        )
+        self.progress.update(self.task, completed=step, status=f"{status} · {duration(remaining)} left")
+        if step % self.log_interval == 0 or step == self.total_steps:
+            self.say(
+                f"step {step}/{self.total_steps} · {status} · lr {values['lr']:.2e} · "
+                f"{duration(remaining)} left"
+            )
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.write({"step": step} | values)
+        self.say(
+            f"step {step}/{self.total_steps} · held out: loss {values['eval_loss']:.3f} · "
+            f"{values['eval_bpb']:.4f} bits per byte"
+        )
+
+    def write(self, values: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps(values, allow_nan=False) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+
+
+def keep_lines_before(path: Path, step: int) -> None:
+    """Cut `metrics.jsonl` back to the steps that a resumed run has behind it; a new run starts empty."""
+    kept = []
+    if step > 0 and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the last line of a killed run
+                continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """`75 s`, `12.5 min` or `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product here: what "100 % MFU" means.
+
+    Measured rather than looked up, so that it is right for any processor.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds()  # the first one pays for the kernel's set-up
+    return 2 * size**3 / min(seconds() for _ in range(3))

@@ -1,0 +1,61 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+EMBEDDING_RATE = 1.0  # set by experiment: see LOG.md
+
+
+def build_optimizers(
+    model: nn.Module, name: str, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over the trainable parameters, each parameter in exactly one.
+
+    `muon` takes the matrices inside the layers: momentum whose singular values are made equal (Jordan et
+    al. 2024; scaled to AdamW's update size, Liu et al. 2025, arXiv:2502.16982). Embeddings, routers and
+    norms stay with AdamW, and only matrices decay.
+    """
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() == 2 and "embed_tokens" not in name and ".gate.weight" not in name
+
+    hidden = [p for n, p in parameters if is_hidden(n, p)]
+    other_matrices = [p for n, p in parameters if p.dim() > 1 and not is_hidden(n, p)]
+    vectors = [p for n, p in parameters if p.dim() < 2]
+
+    optimizers: list[torch.optim.Optimizer] = []
+    if name == "muon":
+        muon = torch.optim.Muon(
+            hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    else:
+        other_matrices += hidden
+    groups = [
+        {"params": other_matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, floor: float = 0.1) -> float:
+    """Share of the peak learning rate at `step` (0-based).
+
+    Linear warm-up to 1 over `warmup_steps`, then half a cosine down to `floor` at the last step
+    (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,0 +1,74 @@
+"""The flags that all training stages share, under the names the original's users know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.config import PRESETS
+from minimind.errors import UserError
+from minimind.flags import flag
+from minimind.paths import OUT_DIR
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a training run is told. A stage subclasses this to set its own defaults."""
+
+    # Data and results
+    data_path: Path | None = flag(None, "JSONL file to train on, plain or .gz")
+    eval_path: Path | None = flag(None, "JSONL file to evaluate on; without it 1% of data_path is held out")
+    out_dir: Path = flag(OUT_DIR, "folder of the weight files and of runs/")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+    on_bad_record: str = flag("stop", "what to do about a broken record", choices=("stop", "skip"))
+
+    # Model
+    preset: str | None = flag(None, "published model size", choices=tuple(PRESETS))
+    hidden_size: int | None = flag(None, "width of the model; without preset and size: 512")
+    num_hidden_layers: int | None = flag(None, "number of layers")
+    use_moe: bool | None = flag(None, "train a mixture of experts")
+    max_seq_len: int = flag(512, "length of a row in tokens")
+
+    # Optimisation
+    epochs: int = flag(1, "passes over the data")
+    batch_size: int = flag(32, "rows in one forward and backward pass of one device")
+    accumulation_steps: int = flag(4, "passes that make up one optimizer step")
+    optimizer: str = flag("muon", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
+    learning_rate: float = flag(5e-4, "highest learning rate")
+    warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/50 of the run, at most 100")
+    weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 turns clipping off")
+    max_steps: int | None = flag(None, "stop after so many optimizer steps; the schedule ends there too")
+    seed: int = flag(42, "seed of initial weights and data order")
+
+    # Machine
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = flag(
+        "auto", "precision of matrix products", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    compile: str = flag("auto", "torch.compile: auto uses it where it pays", choices=("auto", "0", "1"))
+    num_workers: int | None = flag(None, "processes that tokenise; without it one a core")
+    local_rank: int = flag(-1, "set by launchers; leave it alone")
+
+    # While it runs
+    from_resume: bool = flag(False, "continue the run whose checkpoint is in out_dir")
+    log_interval: int = flag(10, "steps between log lines")
+    save_interval: int = flag(100, "steps between checkpoints")
+    eval_interval: int | None = flag(None, "steps between evaluations; without it ten in the run")
+    use_wandb: bool = flag(False, "also log to Weights & Biases")
+    wandb_project: str = flag("MiniMind", "project name there")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_seq_len < 8:
+            raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be at least 8")
+        for name in ("max_steps", "eval_interval", "hidden_size", "num_hidden_layers", "num_workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
+        for name in ("weight_decay", "grad_clip", "warmup_iters"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must not be negative")

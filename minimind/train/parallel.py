@@ -1,0 +1,119 @@
+"""Where a run computes: device, precision and the processes it is spread over."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minimind.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One process's place in the run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast | nullcontext:
+        """Matrix products in `dtype`; named explicitly, since autocast's own default differs by device."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in training: under several processes it averages gradients in backward."""
+        if self.world_size == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes (in place)."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, condition: bool) -> bool:
+        """Whether `condition` holds in any process, so that all leave a loop together."""
+        if self.world_size == 1:
+            return condition
+        return bool(self.sum(torch.tensor(int(condition), device=self.device)).item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()  # destroying a group while a peer still talks aborts it
+            dist.destroy_process_group()
+
+
+def setup(device: str, dtype: str) -> Parallel:
+    """Join the processes of a launcher, if there is one, and settle device and precision."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size)
+
+
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the GPU where there is one. Under a launcher each process takes its own.
+
+    Raises: UserError for a device that this machine or this build of PyTorch does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if local_rank is not None else device.index or 0
+        if index >= count:
+            raise UserError(f"--device {name}: PyTorch sees {count} CUDA device(s) here; use --device cpu")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.mps.is_available():
+        raise UserError("--device mps: there is no Apple GPU here; use --device cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the device has it, else fp32.
+
+    Raises: UserError for fp16 on a CPU, which has no fast fp16 products.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise UserError("--dtype float16 does not work on a CPU; use --dtype bfloat16 or auto")
+    return getattr(torch, name)
