@@ -20,6 +20,7 @@ from minimind.chat.options import SamplingOptions
 from minimind.chat.session import ChatSession
 from minimind.config import PRESETS
 from minimind.errors import UserError
+from minimind.flags import boolean
 from minimind.paths import OUT_DIR, ROOT
 from minimind.tokenizer import StreamDecoder, Tokenizer
 
@@ -97,6 +98,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--model_mode 0|1|2|3] [--prompt TEXT] …",  # the full list is below it anyway
         description="Talk to a model that MiniMind trained.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--prompt", action="append", help="answer this alone on stdout, and leave; may be repeated")
@@ -109,7 +111,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, help="shape, where out_dir has several")
     add("--hidden_size", type=int, help="shape, where out_dir has several")
     add("--num_hidden_layers", type=int, help="refuse a model with another number of layers")
-    add("--use_moe", type=yes_or_no, nargs="?", const=True, help="mixture of experts, where out_dir has both")
+    add("--use_moe", type=boolean, nargs="?", const=True, help="mixture of experts, where out_dir has both")
     add("--lora_name", help="LoRA adapters to add")
     add("--load", type=int, choices=(0, 1), default=0, help="0: a .pth file, 1: a transformers directory")
     add("--tokenizer_path", type=Path, help="tokenizer directory, when it is not MiniMind's own")
@@ -127,14 +129,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="makes answers repeatable")
     parser.set_defaults(**asdict(SamplingOptions()))
     return parser
-
-
-def yes_or_no(text: str) -> bool:
-    """`--use_moe False` means no: argparse's own `bool` would take any text for yes."""
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"say True or False, not {text!r}")
-    return value
 
 
 def refuse_what_is_not_built(arguments: argparse.Namespace) -> None:
@@ -181,7 +175,8 @@ def find_weights(out_dir: Path, stage: Stage, asked: dict[str, int | bool], note
         command = f"python {stage.script}"
         if not (ROOT / stage.script).exists():
             raise UserError(f"{out_dir} has no {wanted}; they come from `{command}`, and {NOT_YET}")
-        raise UserError(f"{out_dir} has no {wanted}; make them with: {command}{flags}")
+        elsewhere = "" if out_dir == OUT_DIR else f" --out_dir {out_dir}"
+        raise UserError(f"{out_dir} has no {wanted}; make them with: {command}{flags}{elsewhere}")
     first, *others = (found[key] for key in sorted(found))
     if others:
         names = ", ".join(path.name for path in others)

@@ -218,7 +218,8 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path, monkeypatch)
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer/train_full_sft.py").touch()
     message = refused(*out, "--hidden_size", "768")
-    assert message.endswith("make them with: python trainer/train_full_sft.py --hidden_size 768")
+    command = f"python trainer/train_full_sft.py --hidden_size 768 --out_dir {tmp_path}"
+    assert message.endswith(f"make them with: {command}")
 
 
 def test_weights_of_another_shape_are_refused_with_both_sizes(out, tmp_path):
