@@ -243,10 +243,14 @@ def test_prefetch_hands_exceptions_on():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_prefetch_closed_early_leaves_no_thread(taken):
+@pytest.mark.parametrize("wait_s", [0, 0.1])  # 0.1 s: the thread has all it may make, and waits
+def test_prefetch_closed_early_leaves_no_thread(taken, wait_s):
     before = threading.active_count()
     ahead = prefetch(iter(range(100)), depth=2)
     for _ in range(taken):
         next(ahead)
-    ahead.close()
+    time.sleep(wait_s)
+    closing = threading.Thread(target=ahead.close, daemon=True)
+    closing.start()
+    closing.join(timeout=10)
     assert threading.active_count() == before

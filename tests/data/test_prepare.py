@@ -151,6 +151,10 @@ def test_workers_give_the_same_as_none(tmp_path, tokenizer):
     assert alone.num_documents > 1000
     assert_same(alone, together)
     assert len(list(read_blocks(path))) > 2
+    texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+    assert alone.lines.tolist() == list(range(1, len(texts) + 1))
+    for i in range(0, len(texts), 50):
+        assert alone.document(i).tolist() == tokenizer.encode_document(texts[i])
 
 
 def test_gzip_gives_the_same(write_lines, tokenizer, tmp_path):
