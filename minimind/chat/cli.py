@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises: UserError for anything the user can mend.
     """
-    arguments = argument_parser().parse_args(argv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
+    arguments = argument_parser().parse_args(argv)
     options = SamplingOptions(**{f.name: getattr(arguments, f.name) for f in fields(SamplingOptions)})
     refuse_what_is_not_built(arguments)
     tokenizer = Tokenizer.load(arguments.tokenizer_path)
@@ -209,6 +209,11 @@ def load(path: Path, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Min
         raise UserError(
             f"{path} was trained with a vocabulary of {config.vocab_size}, but the tokenizer in "
             f"{tokenizer.path} has {tokenizer.vocab_size}; name the right one with --tokenizer_path"
+        )
+    if arguments.max_seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"--max_seq_len {arguments.max_seq_len} is more than the {config.max_position_embeddings} "
+            "positions of the model"
         )
     for name, wanted in asked_shape(arguments).items():
         holds = config.num_experts > 0 if name == "use_moe" else getattr(config, name)

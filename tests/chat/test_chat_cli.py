@@ -258,6 +258,7 @@ def test_damaged_or_diverged_weights_are_refused(tmp_path):
         (["--repetition_penalty", "0"], "repetition_penalty"),
         (["--history_cnt", "3"], "history_cnt"),
         (["--max_seq_len", "0"], "max_seq_len"),
+        (["--max_seq_len", "1000000"], "32768 positions"),
         (["--max_new_tokens", "-5"], "max_new_tokens"),
         (["--device", "toaster"], "--device toaster"),
         (["--device", "meta"], "--device meta"),
