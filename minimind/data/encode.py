@@ -136,7 +136,7 @@ class _Worker:
     def __init__(self, kind: Kind, file: str, tokenizer: Tokenizer):
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # one core a worker
             "OPENBLAS_NUM_THREADS": "1",
         }
@@ -144,7 +144,7 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        self._send((kind, file, tokenizer))
+        self._greeting: tuple | None = (kind, file, tokenizer)
 
     def _send(self, message: object) -> None:
         pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -152,6 +152,9 @@ class _Worker:
 
     def encode(self, block: Block) -> EncodedBlock:
         try:
+            if self._greeting:  # sent only now, so that workers start side by side
+                self._send(self._greeting)
+                self._greeting = None
             self._send(block)
             return pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
@@ -159,7 +162,7 @@ class _Worker:
             if code < 0:
                 raise UserError(
                     f"a tokenising process was killed by signal {-code}, perhaps for lack of memory; "
-                    "nothing was kept, run this again with more memory free"
+                    "nothing was kept, run this again with a lower --num_workers"
                 ) from None
             raise RuntimeError(f"a tokenising process ended with code {code}, see above") from None
 
@@ -176,9 +179,8 @@ def serve() -> None:
     try:
         kind, file, tokenizer = pickle.load(requests)
         while True:
-            pickle.dump(
-                encode_block(pickle.load(requests), kind, file, tokenizer), replies, pickle.HIGHEST_PROTOCOL
-            )
+            encoded = encode_block(pickle.load(requests), kind, file, tokenizer)
+            pickle.dump(encoded, replies, pickle.HIGHEST_PROTOCOL)
             replies.flush()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # without flushing to a pipe that nobody reads

@@ -89,9 +89,8 @@ def prepare(
 
 
 def _cache_folder(path: Path, cache_dir: str | Path | None) -> Path:
-    choices = (
-        [Path(cache_dir)] if cache_dir else [path.parent / ".cache", Path.home() / ".cache" / "minimind"]
-    )
+    beside, at_home = path.parent / ".cache", Path.home() / ".cache" / "minimind"
+    choices = [Path(cache_dir)] if cache_dir else [beside, at_home]
     for folder in choices:
         try:
             folder.mkdir(parents=True, exist_ok=True)

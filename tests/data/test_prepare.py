@@ -246,6 +246,18 @@ def test_what_was_done_is_said_in_one_line(write_lines, tokenizer, capsys):
     assert f"4 documents, {store.num_tokens} tokens from 0.0 MB of text at " in said.err
 
 
+def test_a_terminal_shows_a_bar_with_the_rate(write_lines, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    prepare(write_lines(*TEXTS), "pretrain", tokenizer, progress=False)
+    assert capsys.readouterr().err == ""
+    prepare(write_lines(*TEXTS[:3]), "pretrain", tokenizer)
+    said = capsys.readouterr().err
+    assert "tokenising data.jsonl" in said
+    assert "100%" in said
+    assert "MB/s of text" in said
+
+
 @pytest.mark.parametrize(
     "name", ["tokens.bin", "weights.bin", "offsets.bin", "lines.bin", "fingerprints.bin"]
 )
