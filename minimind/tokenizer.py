@@ -5,8 +5,8 @@ The shipped tokenizer (`minimind/assets/tokenizer`, its README says how it was m
 `tokenizer.json` whose first three ids are these works too, the published MiniMind2 tokenizer for one.
 
 One rule holds at every entry: **text is never a control token**. What a user wrote is encoded with special
-tokens off, so a message that contains `<|im_end|>` costs a few ordinary ids; only the chat template emits ids 0
-to 2.
+tokens off, so a message that contains `<|im_end|>` costs a few ordinary ids; ids 0 to 2 come from the chat
+template alone.
 
     python -m minimind.tokenizer dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl --out_dir out/tokenizer
 
@@ -24,6 +24,7 @@ import json
 import math
 import re
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -132,9 +133,9 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the template writes it; equals transformers' `apply_chat_template(tokenize=False)`.
+        """The conversation as the template writes it: transformers' `apply_chat_template(tokenize=False)`.
 
-        For people to look at: never encode this string, `encode_chat` keeps contents and control tokens apart.
+        For people to look at; do not encode it, `encode_chat` keeps contents and control tokens apart.
 
         Raises:
             UserError: there is no template, or it is broken, or it refuses these messages.
@@ -320,8 +321,8 @@ def _refuse_messages(reason: str):
 
 # How text falls into words before BPE joins bytes; no token crosses a border between words. This is Qwen2's
 # split (llama.cpp calls it "qwen2", so exports need no new code there). Alternative by alternative: English
-# contractions; a run of letters with the one space or mark before it; a single digit; other marks, with the newlines that
-# follow; newlines; spaces.
+# contractions; a run of letters with the one space or mark before it; a single digit; other marks, with the
+# newlines that follow; newlines; spaces.
 WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -398,34 +399,38 @@ def train_tokenizer(
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a training file: each line of a `.txt`; a record's "text" or all its message contents."""
+    """The texts of a training file: each line of a `.txt`; a record's "text" or all its message contents.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not a record; the message names the line.
+    """
     opened = gzip.open if path.suffix == ".gz" else open
     is_jsonl = ".jsonl" in path.suffixes
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield "\n".join(_record_texts(line, f"{path}:{number}")) if is_jsonl else line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                    yield _record_text(line, f"{path}:{number}") if is_jsonl else line
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}. Give .jsonl or .txt files in UTF-8.") from None
 
 
-def _record_texts(line: str, where: str) -> list[str]:
+def _record_text(line: str, where: str) -> str:
     try:
         record = json.loads(line)
         if "text" in record:
-            return [record["text"]]
+            return _replace_surrogates(record["text"])
         keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
-        texts = [message["content"] for key in keys for message in record[key]]
-    except (ValueError, TypeError, KeyError) as error:
+        text = "\n".join(message["content"] for key in keys for message in record[key])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{where} is not a record of the project's formats ({error!r}); see dataset/README.md"
+            f"{where} is not a record that training reads ({error!r}); see dataset/README.md"
         ) from None
-    if not texts:
+    if not keys:
         raise UserError(
             f'{where} has no "text", "conversations", "chosen" or "rejected"; see dataset/README.md'
         )
-    return texts
+    return _replace_surrogates(text)
 
 
 def _stride(paths: Sequence[Path], max_mb: float) -> int:
@@ -434,6 +439,8 @@ def _stride(paths: Sequence[Path], max_mb: float) -> int:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} does not exist: give .jsonl or .txt files to train on")
+        if next(read_texts(path), None) is None:
+            raise UserError(f"{path} is empty: give files with text to train on")
         megabytes += path.stat().st_size / 1e6 * (2.5 if path.suffix == ".gz" else 1)
     return max(1, math.ceil(megabytes / max_mb))
 

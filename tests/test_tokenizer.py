@@ -1,0 +1,294 @@
+"""The tokenizer: nothing is lost, text never becomes control tokens, masks, streaming, training."""
+
+import gzip
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind import tokenizer as module
+from minimind.errors import UserError
+from minimind.paths import ROOT, TOKENIZER_DIR
+from minimind.tokenizer import CONTROL_TOKENS, StreamDecoder, Tokenizer, main, train_tokenizer
+
+SHARED = ROOT.parent / "shared" / "data"
+MINIMIND2 = SHARED / "minimind2_tokenizer"
+needs_shared = pytest.mark.skipif(not MINIMIND2.exists(), reason="needs the shared data directory")
+
+# Control tokens whole, broken and glued, so that random text often comes near them.
+any_text = st.text() | st.lists(
+    st.sampled_from([*CONTROL_TOKENS, "<|im_", "end|>", "\n", " ", "你好", "7"])
+).map("".join)
+
+CONVERSATION = [
+    {"role": "system", "content": "你是一个有用的助手。"},
+    {"role": "user", "content": "What is 12 + 30?"},
+    {"role": "assistant", "content": "<think>\n12 + 30 = 42\n</think>\n<answer>\n42\n</answer>"},
+    {"role": "user", "content": "谢谢！"},
+    {"role": "assistant", "content": "不客气。"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load()
+
+
+@pytest.fixture(
+    scope="module", params=[TOKENIZER_DIR, pytest.param(MINIMIND2, marks=needs_shared)], ids=["ours", "mm2"]
+)
+def either(request):
+    """Our tokenizer and, where it is at hand, the published MiniMind2 one."""
+    return Tokenizer.load(request.param)
+
+
+def test_ids_and_size(either):
+    assert (either.pad_id, either.bos_id, either.eos_id) == (0, 1, 2)
+    assert either.vocab_size == len(either.token_bytes) == 6400
+    assert either.token_bytes[:3] == [b"", b"", b""]
+    assert all(either.token_bytes[3:])
+    assert {bytes([byte]) for byte in range(256)} <= set(either.token_bytes)
+
+
+def test_digits_are_split_one_by_one(tokenizer):
+    assert [tokenizer.token_bytes[i] for i in tokenizer.encode("20260115")] == [
+        b"%c" % d for d in b"20260115"
+    ]
+    assert not [
+        token for token in tokenizer.token_bytes if len(token) > 1 and any(48 <= b < 58 for b in token)
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=any_text)
+def test_any_text_comes_back_and_never_holds_control_ids(tokenizer, text):
+    tokenizer = Tokenizer.load()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & {0, 1, 2}
+    assert tokenizer.encode_batch([text, text]) == [ids, ids]
+    assert tokenizer.encode_document(text) == [1, *ids, 2]
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert tokenizer.encode_batch(["ok", "\ud83d\ude00"]) == [tokenizer.encode("ok"), tokenizer.encode("😀")]
+
+
+def test_decode_shows_control_tokens_on_request(tokenizer):
+    ids = tokenizer.encode_document("你好")
+    assert tokenizer.decode(ids) == "你好"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>你好<|im_end|>"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("control", CONTROL_TOKENS)
+def test_control_tokens_in_a_message_are_text(either, role, control):
+    plain = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
+    hostile = [{**m, "content": f"x{control}y"} if m["role"] == role else m for m in plain]
+    controls = [i for i in either.encode_chat(plain)[0] if i < 3]
+    for ids, _ in (either.encode_chat(hostile), *either.encode_chat_batch([hostile])):
+        assert [i for i in ids if i < 3] == controls
+        assert f"x{control}y" in either.decode(ids)
+
+
+def test_control_tokens_in_a_role_are_refused(tokenizer):
+    with pytest.raises(UserError, match="not a plain word"):
+        tokenizer.encode_chat([{"role": "user<|im_end|>", "content": "hi"}])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("generate", [False, True])
+def test_chat_equals_transformers(either, length, first, generate):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(either.path)
+    messages = CONVERSATION[first : first + length]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    assert either.render_chat(messages, generate) == rendered
+    ids, mask = either.encode_chat(messages, generate)
+    assert ids == theirs.encode(rendered, add_special_tokens=False)
+    assert len(mask) == len(ids)
+
+
+def test_transformers_reads_the_shipped_directory(tokenizer):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tokenizer.path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (1, 2, 0, 6400)
+    text = "混合 mixed text，with 123 digits\n\n\tcode() {}  "
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_chatml(tokenizer):
+    assert tokenizer.render_chat(CONVERSATION[3:], add_generation_prompt=True) == (
+        "<|im_start|>user\n谢谢！<|im_end|>\n<|im_start|>assistant\n不客气。<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_mask_covers_answers_and_the_end_token_that_closes_them(either):
+    ids, mask = either.encode_chat(CONVERSATION)
+    learned = either.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_special_tokens=False)
+    assert learned == "".join(m["content"] + "<|im_end|>" for m in CONVERSATION if m["role"] == "assistant")
+    assert sum(either.encode_chat(CONVERSATION[:2], add_generation_prompt=True)[1]) == 0
+
+
+def test_a_batch_of_chats_is_each_chat(either):
+    conversations = [CONVERSATION, CONVERSATION[:3], CONVERSATION[1:]]
+    assert either.encode_chat_batch(conversations) == [either.encode_chat(c) for c in conversations]
+    assert either.encode_chat_batch([]) == []
+
+
+def test_a_worker_gets_the_same_tokenizer(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert copy.encode_chat(CONVERSATION) == tokenizer.encode_chat(CONVERSATION)
+
+
+@settings(deadline=None, max_examples=50)
+@given(ids=st.lists(st.integers(0, 6399)))
+def test_stream_gives_the_text_of_any_ids(tokenizer, ids):
+    tokenizer = Tokenizer.load()
+    stream = StreamDecoder(tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_stream_never_gives_half_a_character(tokenizer):
+    text = "鱻龘𠮷🦜 rare 字"
+    stream = StreamDecoder(tokenizer)
+    pieces = [
+        stream.push(byte_id)
+        for byte_id in map(tokenizer.token_bytes.index, [b"%c" % b for b in text.encode()])
+    ]
+    assert [piece for piece in pieces if piece] == list(text)
+    assert stream.flush() == ""
+    stream.push(tokenizer.token_bytes.index("鱻".encode()[:1]))
+    assert stream.flush() == "\ufffd"
+    assert stream.push(tokenizer.encode("a")[0]) == "a"
+
+
+def characters_per_token(tokenizer: Tokenizer, name: str) -> float:
+    texts = list(module.read_texts(SHARED / f"{name}.jsonl.gz"))
+    return sum(map(len, texts)) / sum(map(len, tokenizer.encode_batch(texts)))
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["pretrain_val", "sft_mini_512", "dpo", "r1_mix_1024"])
+def test_compresses_better_than_minimind2(tokenizer, name):
+    assert characters_per_token(tokenizer, name) > characters_per_token(Tokenizer.load(MINIMIND2), name)
+
+
+def broken_copy(directory: Path, **changes: str) -> Path:
+    for name in module.TOKENIZER_FILES:
+        (directory / name).write_text((TOKENIZER_DIR / name).read_text())
+    for name, text in changes.items():
+        (directory / name.replace("__", ".")).write_text(text)
+    return directory
+
+
+def test_user_errors_name_the_file_and_the_mend(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.*tokenizer\.json.*give a directory"):
+        Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        Tokenizer.load(broken_copy(tmp_path, tokenizer__json="{}"))
+    swapped = (TOKENIZER_DIR / "tokenizer.json").read_text().replace("<|im_start|>", "<s>")
+    with pytest.raises(UserError, match="ids 0, 1, 2 are"):
+        Tokenizer.load(broken_copy(tmp_path, tokenizer__json=swapped))
+    with pytest.raises(UserError, match="is not JSON"):
+        Tokenizer.load(broken_copy(tmp_path, tokenizer_config__json="{"))
+    for template in ("", "{% for %}", "{{ raise_exception('no') }}"):
+        with pytest.raises(UserError, match="chat"):
+            Tokenizer.load(broken_copy(tmp_path, chat_template__jinja=template)).render_chat(CONVERSATION)
+
+
+def test_fingerprint_follows_vocabulary_and_template(tokenizer, tmp_path):
+    same = Tokenizer.load(broken_copy(tmp_path))
+    other = Tokenizer.load(broken_copy(tmp_path, chat_template__jinja="{{ messages[0].content }}"))
+    assert tokenizer.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """One small file of each kind that training reads."""
+    chat = [
+        {"role": "user", "content": "今天天气怎么样？"},
+        {"role": "assistant", "content": "今天天气很好。"},
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "今天天气很好，the weather is fine. " * 9}) + "\n\n"
+    )
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(
+            json.dumps({"conversations": chat}) + "\n" + json.dumps({"chosen": chat, "rejected": chat}) + "\n"
+        )
+    (tmp_path / "c.txt").write_text("plain words and more plain words\n", encoding="utf-8")
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
+
+
+def test_train_command(corpus, tmp_path, capsys):
+    main([*corpus, "--vocab_size", "300", "--out_dir", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "300 entries" in out
+    assert "characters per token" in out
+    trained = Tokenizer.load(tmp_path / "out")
+    assert trained.vocab_size == 300
+    assert "天气".encode() in b"|".join(trained.token_bytes)
+    assert trained.render_chat(CONVERSATION) == Tokenizer.load().render_chat(CONVERSATION)
+
+
+def test_training_is_deterministic(corpus, tmp_path):
+    once, again = (train_tokenizer(corpus, 320, tmp_path / name) for name in ("x", "y"))
+    assert once.fingerprint == again.fingerprint
+
+
+def test_training_reads_every_kth_record_of_a_large_file(tmp_path, monkeypatch):
+    (tmp_path / "big.txt").write_text("".join(f"{'even' if i % 2 == 0 else 'wxyz'}\n" for i in range(1000)))
+    trained = train_tokenizer([tmp_path / "big.txt"], 262, tmp_path / "out", max_mb=0.0025)
+    assert b"even" in trained.token_bytes
+    assert b"wx" not in trained.token_bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "empty"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', r"file\.jsonl:2 has no"),
+        (b"not json\n", r"file\.jsonl:1 is not a record"),
+        (b'{"text": 3}\n', r"file\.jsonl:1"),
+        (b"[]\n", r"file\.jsonl:1"),
+        (b'{"text": "\xff"}\n', "cannot read"),
+    ],
+)
+def test_training_errors(tmp_path, content, message):
+    file = tmp_path / "file.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        train_tokenizer([file], 300, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_small_a_vocabulary_is_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="259"):
+        train_tokenizer(corpus, 258, tmp_path / "out")
+
+
+def test_command_line_errors_are_one_sentence():
+    command = [sys.executable, "-m", "minimind.tokenizer", "missing.jsonl"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: missing.jsonl does not exist")
+    assert "Traceback" not in run.stderr
+
+
+def test_import_is_light():
+    code = "import minimind.tokenizer, sys; assert not {'torch', 'transformers', 'jinja2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
