@@ -67,7 +67,6 @@ def test_digits_are_split_one_by_one(tokenizer):
 @settings(deadline=None, max_examples=60)
 @given(text=any_text)
 def test_any_text_comes_back_and_never_holds_control_ids(tokenizer, text):
-    tokenizer = Tokenizer.load()
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not set(ids) & {0, 1, 2}
@@ -155,7 +154,6 @@ def test_a_worker_gets_the_same_tokenizer(tokenizer):
 @settings(deadline=None, max_examples=50)
 @given(ids=st.lists(st.integers(0, 6399)))
 def test_stream_gives_the_text_of_any_ids(tokenizer, ids):
-    tokenizer = Tokenizer.load()
     stream = StreamDecoder(tokenizer)
     assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
 
