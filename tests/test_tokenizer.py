@@ -197,8 +197,16 @@ def test_user_errors_name_the_file_and_the_mend(tmp_path):
     with pytest.raises(UserError, match="is not a tokenizer"):
         Tokenizer.load(broken_copy(tmp_path, tokenizer__json="{}"))
     swapped = (TOKENIZER_DIR / "tokenizer.json").read_text().replace("<|im_start|>", "<s>")
-    with pytest.raises(UserError, match="ids 0, 1, 2 are"):
+    with pytest.raises(UserError, match="tokens 0, 1, 2 are"):
         Tokenizer.load(broken_copy(tmp_path, tokenizer__json=swapped))
+    not_special = (
+        (TOKENIZER_DIR / "tokenizer.json").read_text().replace('"special": true', '"special": false')
+    )
+    with pytest.raises(UserError, match="None, None, None"):
+        Tokenizer.load(broken_copy(tmp_path, tokenizer__json=not_special))
+    not_bytes = (TOKENIZER_DIR / "tokenizer.json").read_text().replace("Ġ", "▁")
+    with pytest.raises(UserError, match="not byte-level"):
+        Tokenizer.load(broken_copy(tmp_path, tokenizer__json=not_bytes))
     with pytest.raises(UserError, match="is not JSON"):
         Tokenizer.load(broken_copy(tmp_path, tokenizer_config__json="{"))
     for template in ("", "{% for %}", "{{ raise_exception('no') }}"):
@@ -271,12 +279,16 @@ def test_training_errors(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(UserError, match=message):
         train_tokenizer([file], 300, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_too_small_a_vocabulary_is_refused(corpus, tmp_path):
+def test_impossible_arguments_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="259"):
         train_tokenizer(corpus, 258, tmp_path / "out")
+    with pytest.raises(UserError, match="--max_mb 0"):
+        train_tokenizer(corpus, 300, tmp_path / "out", max_mb=0)
+    with pytest.raises(UserError, match="another --out_dir"):
+        train_tokenizer(corpus, 300, corpus[0])
 
 
 def test_command_line_errors_are_one_sentence():
