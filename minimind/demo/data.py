@@ -22,13 +22,13 @@ from minimind.demo.sources import Idiom, Sources, read_sources
 
 SEED = 42
 
-PRETRAIN_ARITHMETIC = 6_000  # worked problems
+PRETRAIN_ARITHMETIC = 6_000  # worked problems, half of them subtractions (3,895 at most)
 PRETRAIN_IDIOMS = 8_000  # idioms beside the taught ones, with an example where there is one
 PRETRAIN_CHAPTERS = 50  # of the novel's 120; about 5,000 characters each
 PASSAGE_LENGTH = 200  # characters; the novel is cut into passages at the ends of sentences
 VALIDATION_DOCUMENTS = 200  # left out of pretraining, to measure it
 
-SFT_ARITHMETIC = 5_000  # worked problems
+SFT_ARITHMETIC = 5_000  # worked problems, likewise
 TAUGHT_IDIOMS = 1_000
 MAX_MEANING = 24  # characters in the meaning of a taught idiom
 PHRASINGS_PER_IDIOM = 4  # of the six in `phrases`
@@ -168,12 +168,21 @@ def _split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
     return held_out, training
 
 
+def _sample(problems: list[Problem], count: int, rng: random.Random) -> list[Problem]:
+    """As many subtractions as additions: there are half as many, and they are harder to learn."""
+    return [
+        problem
+        for operator in "+-"
+        for problem in rng.sample([p for p in problems if p.operator == operator], count // 2)
+    ]
+
+
 def _arithmetic_texts(problems: list[Problem], rng: random.Random) -> list[str]:
-    return [problem.worked() for problem in rng.sample(problems, PRETRAIN_ARITHMETIC)]
+    return [problem.worked() for problem in _sample(problems, PRETRAIN_ARITHMETIC, rng)]
 
 
 def _arithmetic_chats(problems: list[Problem], rng: random.Random) -> list[list[str]]:
-    return [[p.question(rng), p.worked()] for p in rng.sample(problems, SFT_ARITHMETIC)]
+    return [[p.question(rng), p.worked()] for p in _sample(problems, SFT_ARITHMETIC, rng)]
 
 
 def _arithmetic_questions(held_out: list[Problem], rng: random.Random) -> list[Question]:

@@ -106,6 +106,14 @@ NAME_QUESTIONS_ENGLISH = (
     "Do you have a name?",
     "Which model are you?",
     "May I know your name?",
+    "Hey, who are you?",
+    "And who are you?",
+    "Hi, please introduce yourself.",
+    "Can you tell me your name?",
+    "Could you tell me about yourself?",
+    "Do you know who you are?",
+    "Tell me what you are.",
+    "Who is this?",
 )
 HELD_OUT_NAME_QUESTIONS = (
     "请问你的名字是什么？",
