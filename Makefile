@@ -1,0 +1,35 @@
+# Each target sets up what it needs. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:            ## show this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ —/'
+
+demo: .venv/ready  ## train a small model on this machine's CPU and talk to it (about 10 minutes)
+	$(BIN)/python -m minimind.demo
+
+test: .venv/ready-dev  ## run the test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/ready-dev  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/ready-dev  ## training speed, side by side with the original's recipe
+	$(BIN)/python -m benchmarks.train_speed
+
+clean:           ## remove the virtual environment (weights and data stay)
+	rm -rf .venv
+
+# Exactly the versions of constraints.txt, so that a machine gets today what it got when they were tested.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MiniMind needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,297 @@
+"""Whole training runs on a small model: what they compute, save, survive and say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minimind.errors import UserError
+from minimind.paths import ROOT
+from minimind.train import loop
+from minimind.train.checkpoint import list_checkpoints
+from minimind.train.objective import Loss, next_token_loss
+from minimind.weights import load_model
+
+from .conftest import PRETRAIN, SFT, SIZE, metrics, run, write_jsonl
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return trainer.model.state_dict()
+
+
+def assert_equal_weights(a, b, tolerance: float = 0.0) -> None:
+    """`tolerance` is relative to the norm of a tensor. Muon works in bf16, which magnifies rounding."""
+    for name, tensor in weights(a).items():
+        assert (tensor - weights(b)[name]).norm() <= tolerance * tensor.norm(), name
+
+
+def stop_after(step: int, monkeypatch) -> None:
+    """Deliver a SIGTERM to this process when `step` steps are done."""
+    monitor_step = loop.Monitor.step
+
+    def step_and_stop(self, done, values):
+        monitor_step(self, done, values)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Monitor, "step", step_and_stop)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(options):
+    trainer = run(replace(options, max_steps=None, epochs=6))
+    losses = metrics(trainer)
+    assert losses[0] == pytest.approx(8.76, abs=0.1)  # ln 6400
+    assert losses[-1] < 5
+    bits = metrics(trainer, "eval_bpb")
+    assert len(bits) >= 3
+    assert bits[-1] < bits[0]
+    saved = torch.load(trainer.weights_path, weights_only=True)
+    assert trainer.weights_path.name == "pretrain_64.pth"
+    assert all(t.dtype == torch.float16 for t in saved.values())
+    # The last steps are in the file although their number is no multiple of any interval.
+    torch.testing.assert_close(
+        load_model(trainer.weights_path, "").state_dict(), weights(trainer), atol=2e-3, rtol=1e-3
+    )
+    settings = json.loads((trainer.run_dir / "run.json").read_text(encoding="utf-8"))
+    assert settings["parameters"] == trainer.model.num_parameters
+    assert not list(trainer.options.out_dir.rglob("*.tmp"))
+
+
+def test_a_small_set_can_be_learnt_by_heart(options, tmp_path):
+    data = write_jsonl(tmp_path / "one.jsonl", [{"text": "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"}])
+    options = replace(options, data_path=data, epochs=150, max_steps=None, learning_rate=1e-2)
+    assert metrics(run(options))[-1] < 0.05
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_split_into_batches_does_not_matter(options, tmp_path, use_moe):
+    runs = [
+        run(
+            replace(
+                options,
+                batch_size=size,
+                accumulation_steps=passes,
+                out_dir=tmp_path / str(size),
+                use_moe=use_moe,
+            )
+        )
+        for size, passes in ((8, 1), (4, 2), (1, 8))
+    ]
+    for other in runs[1:]:
+        assert metrics(other) == pytest.approx(metrics(runs[0]), rel=1e-5)
+        assert_equal_weights(other, runs[0], tolerance=2e-2)
+
+
+def test_the_split_does_not_matter_where_targets_are_uneven(options, sft_options, tmp_path):
+    run(options)
+    runs = [
+        run(replace(sft_options, batch_size=size, accumulation_steps=8 // size, max_steps=3), SFT)
+        for size in (8, 2)
+    ]
+    assert metrics(runs[1]) == pytest.approx(metrics(runs[0]), rel=1e-5)
+    assert_equal_weights(runs[1], runs[0], tolerance=2e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypatch, optimizer, use_moe):
+    options = replace(options, optimizer=optimizer, use_moe=use_moe, dtype="bfloat16", epochs=2)
+    whole = run(replace(options, out_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        stopped = run(options)
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert len(metrics(stopped)) == 3
+    resumed = run(replace(options, from_resume=True))
+    assert resumed.exit_code == 0
+    assert metrics(resumed) == metrics(whole)
+    assert_equal_weights(resumed, whole)
+
+
+def test_resuming_a_finished_run_restores_its_weight_file(options):
+    first = run(options)
+    expected = first.weights_path.read_bytes()
+    first.weights_path.unlink()
+    again = run(replace(options, from_resume=True))
+    assert again.weights_path.read_bytes() == expected
+    assert metrics(again) == metrics(first)
+
+
+def test_resuming_another_run_is_refused(options, texts, tmp_path):
+    run(options)
+    with pytest.raises(UserError, match=r"learning_rate was 0\.003, is 0\.001"):
+        run(replace(options, from_resume=True, learning_rate=1e-3))
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "别的文字"}] * 200)
+    with pytest.raises(UserError, match="data"):
+        run(replace(options, from_resume=True, data_path=other))
+
+
+def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monkeypatch, capsys):
+    first = run(replace(options, save_interval=2))
+    kept = list_checkpoints(first.run_dir / "checkpoints")
+    assert [p.name for p in kept] == ["step_00000006.pt", "step_00000007.pt"]
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", lambda *_: pytest.fail("reached"))
+    with pytest.raises(pytest.fail.Exception):
+        run(options)
+    assert list_checkpoints(first.run_dir / "checkpoints") == kept
+    assert "--from_resume 1 would go on" in capsys.readouterr().out
+    monkeypatch.undo()
+    run(replace(options, max_steps=3))
+    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000003.pt"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(options, capsys):
+    whole = run(replace(options, save_interval=3))
+    _, newest = list_checkpoints(whole.run_dir / "checkpoints")
+    flipped = bytearray(newest.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    newest.write_bytes(flipped)
+    resumed = run(replace(options, save_interval=3, from_resume=True))
+    out = capsys.readouterr().out
+    assert f"{newest} is damaged" in out
+    assert "resumed at step 6" in out
+    assert metrics(resumed) == metrics(whole)
+    for path in list_checkpoints(whole.run_dir / "checkpoints"):
+        path.write_bytes(b"cut short")
+    with pytest.raises(UserError, match="all checkpoints"):
+        run(replace(options, from_resume=True))
+
+
+def test_checkpoints_hold_fp32_weights(options):
+    trainer = run(options)
+    state = torch.load(list_checkpoints(trainer.run_dir / "checkpoints")[-1], weights_only=True)
+    assert all(t.dtype == torch.float32 for t in state["model"].values())
+    assert all(torch.equal(t, weights(trainer)[n]) for n, t in state["model"].items())
+
+
+def test_a_loss_that_is_no_number_names_step_rate_and_records(options, monkeypatch):
+    """One record poisons the loss; the message names its line, and the checkpoint before stays."""
+    lines = options.data_path.read_text(encoding="utf-8").splitlines()
+
+    def poisoned(model, batch, balance_coef):
+        loss = next_token_loss(model, batch, balance_coef)
+        bad = (batch.input_ids == marker).any()
+        return Loss(*(loss.total * float("nan"), loss.cross_entropy * float("nan"), {}) if bad else loss)
+
+    from minimind.tokenizer import Tokenizer
+
+    data = options.data_path.with_name("poisoned.jsonl")
+    records = [json.loads(line) for line in lines]
+    records[50] = {"text": records[50]["text"] + "Ω"}
+    write_jsonl(data, records)
+    marker = Tokenizer.load().encode("Ω")[-1]
+    stage = replace(PRETRAIN, objective=poisoned)
+    with pytest.raises(UserError) as raised:
+        run(replace(options, data_path=data, max_steps=None, save_interval=1, epochs=3), stage)
+    message = str(raised.value)
+    step = int(re.search(r"at step (\d+)", message)[1])
+    named = [int(n) for n in re.search(r"lines ([\d, ]+)", message)[1].split(", ")]
+    assert 51 in named
+    assert len(named) < 10  # the row that holds it, not the whole batch
+    assert "learning rate" in message
+    checkpoints = list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
+    assert [p.stem for p in checkpoints][-1:] == [f"step_{step - 1:08d}"] * (step > 1)
+
+
+def test_moe_trains_and_logs_its_experts(options):
+    trainer = run(replace(options, use_moe=True))
+    assert trainer.weights_path.name == "pretrain_64_moe.pth"
+    loads = [metrics(trainer, f"expert_load/{i}")[-1] for i in range(4)]
+    assert sum(loads) == pytest.approx(1.0, abs=1e-5)
+    assert metrics(trainer, "balance_loss")[-1] >= 0.99
+
+
+def test_fine_tuning_starts_from_pretraining_and_trains_answers_only(options, sft_options):
+    with pytest.raises(UserError, match=r"pretrain_64\.pth; make them with: python trainer/train_pretrain"):
+        run(sft_options, SFT)
+    start = run(options)
+    trainer = run(sft_options, SFT)
+    batch = trainer.data.batch(0, 0, 4)
+    text = trainer.tokenizer.decode(
+        batch.labels.flatten()[batch.targets_at].tolist(), skip_special_tokens=False
+    )
+    assert re.fullmatch(r"(\d\+\d=\d+<\|im_end\|>)+", text)
+    assert weights(trainer)["model.embed_tokens.weight"].std() > 0
+    assert metrics(trainer)[0] < 12
+    assert load_model(start.weights_path, "").num_parameters == trainer.model.num_parameters
+
+
+def test_precision_is_what_was_asked_for(options, monkeypatch):
+    seen = set()
+
+    def watch(model, batch, balance_coef):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return next_token_loss(model, batch, balance_coef)
+
+    stage = replace(PRETRAIN, objective=watch)
+    for dtype in ("bfloat16", "float32"):
+        trainer = run(replace(options, dtype=dtype, max_steps=1), stage)
+        assert seen == {getattr(torch, dtype)}
+        assert not trainer.scaler.is_enabled()
+        seen.clear()
+    with pytest.raises(UserError, match="float16 does not work on a CPU"):
+        run(replace(options, dtype="float16"))
+
+
+def test_bad_values_get_a_sentence(options, tmp_path):
+    with pytest.raises(UserError, match="--batch_size is 0"):
+        replace(options, batch_size=0)
+    with pytest.raises(UserError, match="--learning_rate"):
+        replace(options, learning_rate=-1.0)
+    with pytest.raises(UserError, match="there is no data at"):
+        run(replace(options, data_path=tmp_path / "missing.jsonl"))
+    with pytest.raises(UserError, match="sees 0 CUDA"):
+        run(replace(options, device="cuda:7"))
+    with pytest.raises(UserError, match="is no device"):
+        run(replace(options, device="gpu"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        run(replace(options, out_dir=tmp_path / "file" / "out"))
+
+
+def command(options, *more: str) -> list[str]:
+    flags = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("data_path", "out_dir", "batch_size", "dtype", "compile", "learning_rate", *SIZE)
+    ]
+    return [sys.executable, str(ROOT / "trainer" / "train_pretrain.py"), *flags, *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop_the_command(options, tmp_path, number):
+    endless = command(options, "--epochs=100000", "--accumulation_steps=1")
+    process = subprocess.Popen(endless, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    metrics_file = options.out_dir / "runs" / "pretrain_64" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics_file.is_file() and metrics_file.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline, "no step in a minute"
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "--from_resume 1 goes on from here" in out
+    assert list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
+    assert (options.out_dir / "pretrain_64.pth").is_file()
+
+
+def test_two_processes_train_like_one(options, tmp_path):
+    alone = run(replace(options, batch_size=8, accumulation_steps=1, out_dir=tmp_path / "alone"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = command(options, "--max_steps=7", "--accumulation_steps=1")[1:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launch + script, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (options.out_dir / "runs" / "pretrain_64" / "metrics.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert losses == pytest.approx(metrics(alone), rel=1e-5)
