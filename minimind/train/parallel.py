@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -66,12 +68,28 @@ def setup(device: str, dtype: str) -> Parallel:
     """Join the processes of a launcher, if there is one, and settle device and precision."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step instead of giving them back to the system.
+
+    By default each large tensor is mapped anew, and the kernel clears its pages first: measured at a
+    quarter of a training step on two CPU cores. Other C libraries are left as they are.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 256 << 20)
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
