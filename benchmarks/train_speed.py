@@ -46,7 +46,7 @@ class BenchmarkOptions:
     preset: str = flag("small", "model size", choices=("tiny", "small", "base"))
     max_seq_len: int = flag(512, "length of a row in tokens")
     batch_size: int = flag(16, "rows in a pass")
-    accumulation_steps: int = flag(2, "passes in an optimizer step")
+    accumulation_steps: int = flag(4, "passes in an optimizer step")
     rounds: int = flag(5, "optimizer steps of each, after one that is not counted")
     compile: str = flag("auto", "torch.compile in ours", choices=("auto", "0", "1"))
     json: Path = flag(ROOT / "benchmarks/results/train_speed.json", "where the results are written")

@@ -51,7 +51,7 @@ from minimind.train.parallel import Parallel, setup
 from minimind.weights import load_model, save_weights
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
-SMALL_MODEL = 8_000_000  # parameters; below, compiling pays on a CPU too
+WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
 
 # Options that decide what a run computes: a resumed run must have the same.
 FIXED_IN_A_RUN = (
@@ -186,9 +186,10 @@ class Trainer:
         options, device = self.options, self.parallel.device
         wanted = options.compile == "1"
         if options.compile == "auto":
-            small = self.model.num_parameters < SMALL_MODEL
+            work = 6 * self.model.num_parameters * self.data.num_rows * options.max_seq_len
+            work *= self.total_steps / self.steps_per_epoch
             steady = not self.config.num_experts  # expert blocks change their shape with every batch
-            wanted = steady and (device.type == "cuda" or (device.type == "cpu" and small))
+            wanted = steady and (device.type == "cuda" or (device.type == "cpu" and work > WORTH_COMPILING))
         can = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
         if wanted and not can and options.compile == "1":
             raise UserError(
@@ -400,8 +401,8 @@ class Trainer:
         return UserError(
             f"the loss or its gradient is not finite at step {step + 1}, learning rate "
             f"{self.options.learning_rate * scale:.2e}, in the records at {self.options.data_path} lines "
-            f"{shown}. The last good checkpoint is kept: look at these records, or go on from it with "
-            "--from_resume 0 and a lower --learning_rate"
+            f"{shown}. The last good checkpoint is kept. Mend these records, or start anew with a lower "
+            "--learning_rate"
         )
 
     @torch.no_grad()
