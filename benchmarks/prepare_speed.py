@@ -1,7 +1,7 @@
 """How fast a JSONL file becomes packed rows, and in how much memory.
 
-    python benchmarks/prepare_speed.py dataset/pretrain_hq.jsonl
-    python benchmarks/prepare_speed.py dataset/pretrain_hq.jsonl --generate_gb 2
+    python -m benchmarks.prepare_speed dataset/pretrain_hq.jsonl
+    python -m benchmarks.prepare_speed dataset/pretrain_hq.jsonl --generate_gb 2
 
 The second form first writes a file of that size, the lines of the given one again and again, each with its
 number in front. Times are of the whole way: hash, read, check, tokenise, write, map, pack. Beside them stands

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import nn
 
-EMBEDDING_RATE = 1.0  # set by experiment: see LOG.md
-
 
 def build_optimizers(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float
