@@ -14,7 +14,7 @@ from torch import Tensor
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.files import atomic_write
-from minimind.model import MiniMind, RotaryEmbedding
+from minimind.model import MiniMind
 
 
 def save_weights(model: MiniMind, path: Path) -> None:
@@ -92,13 +92,10 @@ def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None
     # Files of the original also hold its rotation tables; they are computed here.
     state = {n: t.float() for n, t in state.items() if not n.endswith(("freqs_cos", "freqs_sin", "pos_cis"))}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    with torch.device("meta"):  # no time spent on random numbers that are overwritten at once
-        model = MiniMind(config)
+    model = MiniMind(config)
     try:
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} does not fit a model of this shape: {reason[:200]}") from None
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary = RotaryEmbedding(config)
     return model

@@ -29,7 +29,6 @@ CONVERSATION = (
     "37加48等于多少？",
     "计算92减57",
     "What can you do?",
-    "谢谢你，再见",
 )
 
 
@@ -67,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     answer = answerer(options.out_dir / "full_sft_256.pth")
     metrics = timed("4/4 measuring", lambda: measure(answer, data))
-    samples = list(zip(CONVERSATION, answer(list(CONVERSATION)), strict=True))
+    asked = [*CONVERSATION, *(question.question for question in data.idioms[:2])]
+    samples = list(zip(asked, answer(asked), strict=True))
     for question, reply in samples:
         console.print(f"[bold]👤 {question}[/]")
         console.print(f"🤖 {reply}\n", markup=False)
