@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +26,18 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        reason = error.strerror if isinstance(error, OSError) else "the write broke off"
+        raise UserError(f"could not write {path}: {reason}{free_space(path.parent)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def free_space(folder: Path) -> str:
+    """A clause that says how much room there is; a full disk is the usual reason of a failed write."""
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+    except OSError:
+        return ""
 
 
 def sync_directory(folder: Path) -> None:

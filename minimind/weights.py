@@ -34,10 +34,10 @@ def load_state(path: Path, how_to_make: str) -> dict[str, Tensor]:
         raise UserError(f"there are no weights at {path}; make them with: {how_to_make}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError):
         raise UserError(
-            f"{path} is not a readable weight file ({str(error).splitlines()[0][:120]}); "
-            f"copy it again or make it anew with: {how_to_make}"
+            f"{path} is damaged, or not written by a training stage; copy it again or make it anew with: "
+            f"{how_to_make}"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected a file that a stage wrote to out/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.config import PRESETS
+from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.flags import flag
 from minimind.paths import OUT_DIR
@@ -62,13 +62,16 @@ class TrainOptions:
         for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_seq_len < 8:
-            raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be at least 8")
+        most = ModelConfig.max_position_embeddings
+        if not 8 <= self.max_seq_len <= most:
+            raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be 8 to {most}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}; it must be 0 to {2**32 - 1}")
         for name in ("max_steps", "eval_interval", "hidden_size", "num_hidden_layers", "num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         for name in ("weight_decay", "grad_clip", "warmup_iters"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")

@@ -241,7 +241,7 @@ def test_another_vocabulary_is_refused_with_both_sizes(tmp_path):
 def test_damaged_or_diverged_weights_are_refused(tmp_path):
     file = tmp_path / "full_sft_64.pth"
     file.write_bytes(b"half a file")
-    assert "not a readable weight file" in refused("--out_dir", str(tmp_path))
+    assert "is damaged, or not written by a training stage" in refused("--out_dir", str(tmp_path))
     model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1))
     model.model.norm.weight.data[3] = torch.nan
     save_weights(model, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -241,6 +242,17 @@ def test_precision_is_what_was_asked_for(options, monkeypatch):
 def test_bad_values_get_a_sentence(options, tmp_path):
     with pytest.raises(UserError, match="--batch_size is 0"):
         replace(options, batch_size=0)
+    for name, value in (
+        ("learning_rate", float("nan")),
+        ("weight_decay", float("nan")),
+        ("grad_clip", float("inf")),
+        ("warmup_iters", -1),
+        ("seed", -1),
+        ("max_seq_len", 100_000),
+        ("eval_interval", 0),
+    ):
+        with pytest.raises(UserError, match=f"--{name} is {value}; it must"):
+            replace(options, **{name: value})
     with pytest.raises(UserError, match="--learning_rate"):
         replace(options, learning_rate=-1.0)
     with pytest.raises(UserError, match="there is no data at"):
@@ -252,6 +264,20 @@ def test_bad_values_get_a_sentence(options, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         run(replace(options, out_dir=tmp_path / "file" / "out"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(options, monkeypatch):
+    first = run(replace(options, save_interval=3, max_steps=3))
+    kept = list_checkpoints(first.run_dir / "checkpoints")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("minimind.files.os.fsync", full)
+    with pytest.raises(UserError, match=r"could not write .*No space left on device; .* MB are free there"):
+        first.save(4)
+    assert list_checkpoints(first.run_dir / "checkpoints") == kept
+    assert not list(options.out_dir.rglob("*.tmp"))
 
 
 def command(options, *more: str) -> list[str]:
