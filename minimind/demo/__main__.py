@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,6 @@ from minimind.evaluate.environment import environment
 from minimind.evaluate.report import write_report
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, OUT_DIR, ROOT
-from minimind.stages import pretrain, sft
 
 TRAINING = "--preset=tiny --max_seq_len=256 --batch_size=16 --accumulation_steps=1 --log_interval=25".split()
 PRETRAIN = "--epochs=1 --learning_rate=0.005".split()
@@ -58,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "2/4 pretraining",
         lambda: stage(
             console,
-            pretrain.main,
+            "train_pretrain.py",
             [f"--data_path={data.pretrain}", f"--eval_path={data.pretrain_val}", *out, *PRETRAIN],
         ),
     )
-    timed("3/4 fine-tuning", lambda: stage(console, sft.main, [f"--data_path={data.sft}", *out, *SFT]))
+    timed(
+        "3/4 fine-tuning",
+        lambda: stage(console, "train_full_sft.py", [f"--data_path={data.sft}", *out, *SFT]),
+    )
 
     answer = answerer(options.out_dir / "full_sft_256.pth")
     metrics = timed("4/4 measuring", lambda: measure(answer, data))
@@ -73,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"🤖 {reply}\n", markup=False)
     console.print(metrics_table(metrics))
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process; they follow each other
+    peak = max(resource.getrusage(w).ru_maxrss for w in who) / 1024**2
     cost = {f"{name.split(' ')[1]}": f"{value:.0f} s" for name, value in seconds.items()}
     cost |= {"all": f"{(time.perf_counter() - began) / 60:.1f} min", "peak memory": f"{peak:.2f} GB"}
     console.print("took: " + ", ".join(f"{name} {value}" for name, value in cost.items()))
@@ -97,11 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stage(console: Console, run: Callable[[Sequence[str]], int], argv: list[str]) -> None:
-    """Run a training stage as its script would, and show the command that does the same."""
-    name = run.__module__.rsplit(".", 1)[-1].replace("sft", "full_sft")
-    console.print(f"[dim]$ python trainer/train_{name}.py {' '.join(argv)}[/]")
-    code = run(argv)
+def stage(console: Console, script: str, argv: list[str]) -> None:
+    """Run a training script, showing the command: what the demo does is what a person would type."""
+    console.print(f"[dim]$ python trainer/{script} {' '.join(argv)}[/]")
+    code = subprocess.run([sys.executable, ROOT / "trainer" / script, *argv], check=False).returncode
     if code:
         raise SystemExit(code)
 
