@@ -442,7 +442,7 @@ def _record_text(line: str, where: str) -> str:
 
 def _stride(paths: Sequence[Path], max_mb: float) -> int:
     """k, such that every k-th record is about `max_mb` of text in all. Gzip shrinks text to about 2/5."""
-    if max_mb <= 0:
+    if not 1e-3 <= max_mb < math.inf:  # refuses NaN too
         raise UserError(f"--max_mb {max_mb:g} leaves nothing to train on: give a positive number")
     megabytes = 0.0
     for path in paths:

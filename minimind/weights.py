@@ -53,7 +53,9 @@ def infer_config(state: dict[str, Tensor], path: Path) -> ModelConfig:
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
         key_size = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    except (KeyError, ValueError):
+        if not 0 < key_size <= hidden_size:
+            raise ValueError(key_size)
+    except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} holds no MiniMind model: it has no model.embed_tokens / k_proj") from None
 
     def count(pattern: str) -> int:
@@ -93,6 +95,8 @@ def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None
     state = {n: t.float() for n, t in state.items() if not n.endswith(("freqs_cos", "freqs_sin", "pos_cis"))}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     model = MiniMind(config)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path} holds weights that are not numbers: its training diverged; train it again")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -222,8 +222,6 @@ def load(path: Path, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Min
                 f"{path} holds a model with {name} {holds}, but {wanted} was asked for; "
                 "without shape flags the shape is read from the file"
             )
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f"{path} holds weights that are not numbers: its training diverged; train it again")
     return model.to(device).eval()
 
 
@@ -297,6 +295,6 @@ def read_line(prompt: str) -> str | None:
     """A line without the white space around it; None at the end of the input or on Ctrl-C."""
     try:
         return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: standard input is closed
         print()
         return None

@@ -31,14 +31,16 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         # Written so that NaN, which compares as False, is refused too.
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"temperature must be 0 (greedy) to 100, not {self.temperature}")
+        if not 1e-6 <= self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out for no limit")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition_penalty must be above 0 (1 is none), not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(
+                f"repetition_penalty must be 0.01 to 100 (1 is none), not {self.repetition_penalty}"
+            )
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**63:

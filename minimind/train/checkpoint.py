@@ -39,7 +39,7 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] 
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
-        if file_checksum(path) == path.with_suffix(".sha256").read_text().strip():
+        if file_checksum(path).encode() == path.with_suffix(".sha256").read_bytes():
             return torch.load(path, map_location="cpu", weights_only=True)
         say(f"checkpoint {path} is damaged (its checksum differs); using the one before it")
     if checkpoints:
@@ -55,12 +55,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, finished or not."""
-    for path in [*folder.glob("step_*.sha256"), *folder.glob("step_*.pt")]:
-        path.unlink()
 
 
 def random_state() -> dict[str, Any]:

@@ -34,12 +34,12 @@ from minimind.errors import UserError
 from minimind.evaluate.bits_per_byte import bits_per_byte
 from minimind.files import atomic_write
 from minimind.model import MiniMind
+from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
 from minimind.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     random_state,
-    remove_checkpoints,
     save_checkpoint,
     set_random_state,
 )
@@ -89,9 +89,22 @@ def train(stage: Stage, options: TrainOptions) -> int:
     Raises: UserError for whatever the user can mend, before or during training.
     """
     parallel = setup(options.device, options.dtype)
-    code = Trainer(stage, options, parallel).run()
+    try:
+        code = Trainer(stage, options, parallel).run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"not enough memory on {parallel.device}; lower --batch_size (and raise --accumulation_steps as "
+            "much), --max_seq_len or the size of the model"
+        ) from error
     parallel.close()
     return code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it, a CPU allocation only a sentence."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Trainer:
@@ -110,6 +123,11 @@ class Trainer:
         self.weights_path = options.out_dir / f"{stage.name}_{self.config.name}.pth"
         self.run_dir = options.out_dir / "runs" / self.weights_path.stem
         check_writable(options.out_dir)
+        check_writable(self.run_dir)
+        if self.weights_path.is_dir():
+            raise UserError(
+                f"{self.weights_path} is a folder, but the weights are to be written there; move it"
+            )
         torch.manual_seed(options.seed)
         self.model = self.initial_model().to(parallel.device)
         self.data, self.held_out = self.datasets()
@@ -129,20 +147,34 @@ class Trainer:
             self.model, options.optimizer, options.learning_rate, options.weight_decay
         )
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
-        self.replaces_checkpoints = False
+        self.is_new = False
 
     # ---- Before the first step ----
 
     def initial_model(self) -> MiniMind:
         """Random weights, or those of the stage that comes before this one."""
-        if not self.stage.starts_from:
+        has_checkpoint = self.options.from_resume and list_checkpoints(self.run_dir / "checkpoints")
+        if not self.stage.starts_from or has_checkpoint:
             return MiniMind(self.config)
         paths = [self.options.out_dir / f"{name}_{self.config.name}.pth" for name in self.stage.starts_from]
         path = next((p for p in paths if p.is_file()), paths[-1])
-        size = f" --hidden_size {self.config.hidden_size}" if self.config.hidden_size != 512 else ""
-        moe = " --use_moe 1" if self.config.num_experts else ""
-        command = f"python trainer/train_{self.stage.starts_from[-1]}.py{size}{moe}"
-        return load_model(path, command, expected=self.config)
+        same = ("preset", "hidden_size", "num_hidden_layers", "use_moe", "tokenizer_path", "out_dir")
+        given = {name: getattr(self.options, name) for name in same}
+        flags = [f" --{n} {v}" for n, v in given.items() if v not in (None, False, OUT_DIR)]
+        command = f"python trainer/train_{self.stage.starts_from[-1]}.py{''.join(flags)}"
+        model = load_model(path, command, expected=self.config)
+        self.check_same_tokenizer(self.options.out_dir / "runs" / path.stem / "run.json")
+        return model
+
+    def check_same_tokenizer(self, run: Path) -> None:
+        """Weights mean nothing under another tokenizer, even one of the same size."""
+        if run.is_file():
+            saved = json.loads(run.read_text(encoding="utf-8")).get("tokenizer_fingerprint")
+            if saved != self.tokenizer.fingerprint:
+                raise UserError(
+                    f"the weights to start from were trained with another tokenizer ({run} has its "
+                    f"fingerprint) than {self.tokenizer.path}; name that one with --tokenizer_path"
+                )
 
     def datasets(self) -> tuple[PackedDataset, PackedDataset | None]:
         """Rows to train on and rows held out; the latter None where there is nothing to hold out."""
@@ -175,6 +207,10 @@ class Trainer:
             training, held = split_holdout(store)
             data = rows_of(store, training)
             held_out = rows_of(store, held) if len(held) else None
+        if options.eval_path and held_out.num_rows == 0:
+            raise UserError(
+                f"{options.eval_path}: no record fits into --max_seq_len {options.max_seq_len}; raise it"
+            )
         if data.num_rows == 0:
             raise UserError(
                 f"{options.data_path}: no record fits into --max_seq_len {options.max_seq_len}; raise it"
@@ -203,11 +239,11 @@ class Trainer:
         """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
         folder = self.run_dir / "checkpoints"
         if not self.options.from_resume:
-            self.replaces_checkpoints = bool(list_checkpoints(folder))
-            if self.replaces_checkpoints:
+            self.is_new = True
+            if list_checkpoints(folder):
                 say(
-                    f"starting anew; the checkpoints in {folder} are kept until this run writes its first "
-                    "(--from_resume 1 would go on from them)"
+                    f"starting anew (--from_resume 1 would go on from the checkpoints in {folder}); at the "
+                    f"first save they and their weight file move to {self.run_dir / 'previous'}"
                 )
             return 0
         state = load_checkpoint(folder, say)
@@ -226,8 +262,13 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
         options = {name: getattr(self.options, name) for name in FIXED_IN_A_RUN}
-        data = {"data (its content)": self.data_sha256, "tokenizer": self.tokenizer.fingerprint}
-        return options | data | {"world size": self.parallel.world_size} | dataclasses.asdict(self.config)
+        data = {
+            "data (its content)": self.data_sha256,
+            "rows to train on": self.data.num_rows,
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+        machine = {"dtype": str(self.parallel.dtype), "world size": self.parallel.world_size}
+        return options | data | machine | dataclasses.asdict(self.config)
 
     def check_same_run(self, saved: dict[str, Any]) -> None:
         now = self.identity()
@@ -275,6 +316,9 @@ class Trainer:
                     if self.parallel.any(signals.received is not None) and not last:
                         raise Interrupted
             except Interrupted:
+                if done == start:
+                    monitor.say("stopped before the first step was done; nothing was changed")
+                    return 128 + (signals.received or signal.SIGTERM)
                 self.save(done)
                 monitor.say(
                     f"stopped at step {done} of {self.total_steps}; everything is saved: the same command "
@@ -487,12 +531,22 @@ class Trainer:
                 "random": random_state(),
             }
             folder = self.run_dir / "checkpoints"
-            if self.replaces_checkpoints:
-                remove_checkpoints(folder)
-                self.replaces_checkpoints = False
+            if self.is_new:
+                self.set_previous_aside(folder)
             save_checkpoint(folder, step, state)
             save_weights(self.model, self.weights_path)
         self.parallel.barrier()
+
+    def set_previous_aside(self, checkpoints: Path) -> None:
+        """A run started by mistake must not cost the one before it: that moves to `previous/`."""
+        self.is_new = False
+        found = [path for path in (checkpoints, self.weights_path) if path.exists()]
+        if found:
+            previous = self.run_dir / "previous"
+            shutil.rmtree(previous, ignore_errors=True)
+            previous.mkdir()
+            for path in found:
+                path.replace(previous / path.name)
 
     def save_final(self, done: int, start: int) -> None:
         """A run that was resumed at its end has nothing to train, but its weight file may be gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minimind.errors import UserError
+from minimind.files import atomic_write
 
 
 class Monitor:
@@ -51,7 +53,8 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -97,23 +100,32 @@ class Monitor:
 
     def write(self, values: dict[str, float]) -> None:
         if self.file:
-            self.file.write(json.dumps(values, allow_nan=False) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(values, allow_nan=False) + "\n")
+                self.file.flush()
+            except OSError as error:  # a full disk; the training itself needs no log
+                self.say(f"metrics.jsonl cannot be written any more ({error.strerror}); training goes on")
+                self.file = None
         if self.wandb:
             self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
 
 
 def keep_lines_before(path: Path, step: int) -> None:
-    """Cut `metrics.jsonl` back to the steps that a resumed run has behind it; a new run starts empty."""
+    """Cut `metrics.jsonl` back to the steps that a resumed run has behind it.
+
+    A new run starts empty; the lines of the one before become `metrics.previous.jsonl`.
+    """
     kept = []
     if step > 0 and path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):  # the last line of a killed run
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run
                 continue
-    path.write_text("".join(kept), encoding="utf-8")
+    elif path.is_file() and path.stat().st_size:
+        path.replace(path.with_suffix(".previous.jsonl"))
+    atomic_write(path, lambda file: file.write("".join(kept).encode()))
 
 
 def duration(seconds: float) -> str:

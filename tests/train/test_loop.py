@@ -144,6 +144,40 @@ def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monke
     monkeypatch.undo()
     run(replace(options, max_steps=3))
     assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000003.pt"]
+    previous = first.run_dir / "previous"
+    assert [p.name for p in list_checkpoints(previous / "checkpoints")] == [p.name for p in kept]
+    assert (previous / "pretrain_64.pth").is_file()
+
+
+def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatch):
+    first = run(options)
+    kept = first.weights_path.read_bytes()
+
+    def interrupted(self, *_):
+        raise loop.Interrupted
+
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", interrupted)
+    assert run(options).exit_code > 128
+    assert first.weights_path.read_bytes() == kept
+    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000007.pt"]
+
+
+def test_fine_tuning_refuses_the_weights_of_another_tokenizer(options, sft_options):
+    start = run(options)
+    settings = start.run_dir / "run.json"
+    other = json.loads(settings.read_text()) | {"tokenizer_fingerprint": "another"}
+    settings.write_text(json.dumps(other))
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(sft_options, SFT)
+
+
+def test_too_little_memory_is_a_sentence(options, monkeypatch):
+    def exhausted(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
+
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", exhausted)
+    with pytest.raises(UserError, match="not enough memory on cpu; lower --batch_size"):
+        loop.train(PRETRAIN, options)
 
 
 def test_a_damaged_checkpoint_is_passed_over(options, capsys):
