@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -15,6 +16,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.files import atomic_write
 from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
 
 
 def save_weights(model: MiniMind, path: Path) -> None:
@@ -103,3 +105,23 @@ def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None
         reason = str(error).splitlines()[1].strip()
         raise UserError(f"{path} does not fit a model of this shape: {reason[:200]}") from None
     return model
+
+
+def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Weights mean nothing under another tokenizer, even one of the same size.
+
+    A run writes its tokenizer's fingerprint to `runs/{name}/run.json` beside the weights; weights that came
+    without are taken as they are.
+
+    Raises: UserError when the fingerprints differ.
+    """
+    run = path.parent / "runs" / path.stem / "run.json"
+    try:
+        saved = json.loads(run.read_text(encoding="utf-8"))["tokenizer_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if saved != tokenizer.fingerprint:
+        raise UserError(
+            f"{path} was trained with another tokenizer ({run} has its fingerprint) than the one in "
+            f"{tokenizer.path}; name that one with --tokenizer_path"
+        )

@@ -190,19 +190,10 @@ def load(path: Path, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Min
     Raises: UserError when there is no such device, or the file is damaged or does not fit the
         flags or the tokenizer.
     """
-    import torch
+    from minimind.train.parallel import choose_device
+    from minimind.weights import check_tokenizer, load_model
 
-    from minimind.weights import load_model
-
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one type for this
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used ({reason}); try --device cpu") from None
-
+    device = choose_device(arguments.device)
     model = load_model(path, f"python {STAGES[arguments.model_mode].script}")
     config = model.config
     if config.vocab_size != tokenizer.vocab_size:
@@ -210,6 +201,7 @@ def load(path: Path, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Min
             f"{path} was trained with a vocabulary of {config.vocab_size}, but the tokenizer in "
             f"{tokenizer.path} has {tokenizer.vocab_size}; name the right one with --tokenizer_path"
         )
+    check_tokenizer(path, tokenizer)
     if arguments.max_seq_len > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {arguments.max_seq_len} is more than the {config.max_position_embeddings} "

@@ -21,18 +21,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from minimind.config import model_config
-from minimind.data.batches import Batch, PackedDataset, prefetch, split_holdout
-from minimind.data.prepare import prepare
+from minimind.data.batches import Batch, prefetch
 from minimind.data.records import Kind
 from minimind.errors import UserError
 from minimind.evaluate.bits_per_byte import bits_per_byte
-from minimind.files import atomic_write
+from minimind.files import atomic_write, check_writable
 from minimind.model import MiniMind
 from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
@@ -43,12 +41,14 @@ from minimind.train.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from minimind.train.datasets import load_datasets
 from minimind.train.monitor import Monitor, duration, matmul_rate
 from minimind.train.objective import Loss, next_token_loss
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
-from minimind.weights import load_model, save_weights
+from minimind.train.signals import Interrupted, StopSignals
+from minimind.weights import check_tokenizer, load_model, save_weights
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
@@ -77,10 +77,6 @@ class Stage:
     data_kind: Kind
     starts_from: tuple[str, ...] = ()  # weight files to start from, the first that exists
     objective: Callable[[MiniMind, Batch, float], Loss] = next_token_loss
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; raised between two batches, with the weights of the last full step."""
 
 
 def train(stage: Stage, options: TrainOptions) -> int:
@@ -130,16 +126,19 @@ class Trainer:
             )
         torch.manual_seed(options.seed)
         self.model = self.initial_model().to(parallel.device)
-        self.data, self.held_out = self.datasets()
+        datasets = load_datasets(stage.data_kind, options, self.tokenizer, progress=parallel.is_main)
+        self.data, self.held_out = datasets.training, datasets.held_out
+        self.data_sha256 = datasets.content_sha256
 
-        rows_per_step = options.batch_size * options.accumulation_steps * parallel.world_size
-        self.steps_per_epoch = math.ceil(self.data.num_rows / rows_per_step)
+        self.rows_per_step = options.batch_size * options.accumulation_steps * parallel.world_size
+        self.steps_per_epoch = math.ceil(self.data.num_rows / self.rows_per_step)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.total_steps // 50)
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
-        self.rows_per_step = rows_per_step
+        # Kaplan et al. 2020, arXiv:2001.08361, without attention.
+        self.flops_per_token = 6 * self.active_parameters()
 
         self.compiled = self.compile()
         self.trained = parallel.wrap(self.model)
@@ -147,7 +146,6 @@ class Trainer:
             self.model, options.optimizer, options.learning_rate, options.weight_decay
         )
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
-        self.is_new = False
 
     # ---- Before the first step ----
 
@@ -163,67 +161,16 @@ class Trainer:
         flags = [f" --{n} {v}" for n, v in given.items() if v not in (None, False, OUT_DIR)]
         command = f"python trainer/train_{self.stage.starts_from[-1]}.py{''.join(flags)}"
         model = load_model(path, command, expected=self.config)
-        self.check_same_tokenizer(self.options.out_dir / "runs" / path.stem / "run.json")
+        check_tokenizer(path, self.tokenizer)
         return model
-
-    def check_same_tokenizer(self, run: Path) -> None:
-        """Weights mean nothing under another tokenizer, even one of the same size."""
-        if run.is_file():
-            saved = json.loads(run.read_text(encoding="utf-8")).get("tokenizer_fingerprint")
-            if saved != self.tokenizer.fingerprint:
-                raise UserError(
-                    f"the weights to start from were trained with another tokenizer ({run} has its "
-                    f"fingerprint) than {self.tokenizer.path}; name that one with --tokenizer_path"
-                )
-
-    def datasets(self) -> tuple[PackedDataset, PackedDataset | None]:
-        """Rows to train on and rows held out; the latter None where there is nothing to hold out."""
-        options = self.options
-
-        def tokens_of(path: Path) -> Any:
-            return prepare(
-                path,
-                self.stage.data_kind,
-                self.tokenizer,
-                on_bad_record=options.on_bad_record,
-                num_workers=options.num_workers,
-                progress=self.parallel.is_main,
-            )
-
-        def rows_of(store: Any, documents: Any = None) -> PackedDataset:
-            ids = {"pad_id": self.tokenizer.pad_id, "eos_id": self.tokenizer.eos_id}
-            return PackedDataset(store, options.max_seq_len, seed=options.seed, documents=documents, **ids)
-
-        if not options.data_path.is_file():
-            raise UserError(
-                f"there is no data at {options.data_path}; put a JSONL file there (dataset/README.md shows "
-                "the formats), name another with --data_path, or try `make demo`, which makes its own"
-            )
-        store = tokens_of(options.data_path)
-        self.data_sha256 = store.meta["content_sha256"]
-        if options.eval_path:
-            data, held_out = rows_of(store), rows_of(tokens_of(options.eval_path))
-        else:
-            training, held = split_holdout(store)
-            data = rows_of(store, training)
-            held_out = rows_of(store, held) if len(held) else None
-        if options.eval_path and held_out.num_rows == 0:
-            raise UserError(
-                f"{options.eval_path}: no record fits into --max_seq_len {options.max_seq_len}; raise it"
-            )
-        if data.num_rows == 0:
-            raise UserError(
-                f"{options.data_path}: no record fits into --max_seq_len {options.max_seq_len}; raise it"
-            )
-        return data, held_out if held_out and held_out.num_rows else None
 
     def compile(self) -> bool:
         """Compile the decoder where that is wanted and possible; parameter names stay as they are."""
         options, device = self.options, self.parallel.device
         wanted = options.compile == "1"
         if options.compile == "auto":
-            work = 6 * self.model.num_parameters * self.data.num_rows * options.max_seq_len
-            work *= self.total_steps / self.steps_per_epoch
+            epochs = self.total_steps / self.steps_per_epoch
+            work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
             steady = not self.config.num_experts  # expert blocks change their shape with every batch
             wanted = steady and (device.type == "cuda" or (device.type == "cpu" and work > WORTH_COMPILING))
         can = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
@@ -239,7 +186,6 @@ class Trainer:
         """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
         folder = self.run_dir / "checkpoints"
         if not self.options.from_resume:
-            self.is_new = True
             if list_checkpoints(folder):
                 say(
                     f"starting anew (--from_resume 1 would go on from the checkpoints in {folder}); at the "
@@ -287,6 +233,7 @@ class Trainer:
     def run(self) -> int:
         options = self.options
         start = self.resume(self.say)
+        self.is_new = start == 0
         self.peak_rate = matmul_rate(self.parallel.device, self.parallel.dtype)
         self.monitor = Monitor(
             self.run_dir,
@@ -337,11 +284,9 @@ class Trainer:
         """The micro-batches of this process for each step from `first_step` on."""
         options, parallel = self.options, self.parallel
         for step in range(first_step, self.total_steps):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            first_row = step_in_epoch * self.rows_per_step
             batches = []
             for i in range(options.accumulation_steps):
-                row = first_row + (i * parallel.world_size + parallel.rank) * options.batch_size
+                epoch, row = self.place(step, i)
                 rows_left = self.data.num_rows - (row - parallel.rank * options.batch_size)
                 if rows_left <= 0:  # no process has rows for this pass
                     break
@@ -350,6 +295,12 @@ class Trainer:
                 batch = self.data.batch(epoch, row, options.batch_size, min_rows=fewest)
                 batches.append(batch.pin_memory() if parallel.device.type == "cuda" else batch)
             yield batches
+
+    def place(self, step: int, i: int) -> tuple[int, int]:
+        """The epoch of a step, and the first row there of this process's `i`-th batch of the step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        batches_before = i * self.parallel.world_size + self.parallel.rank
+        return epoch, step_in_epoch * self.rows_per_step + batches_before * self.options.batch_size
 
     def optimizer_step(self, step: int, batches: list[Batch], signals: StopSignals) -> dict[str, float]:
         """One update from `batches`; returns what to log.
@@ -369,22 +320,11 @@ class Trainer:
         )
         targets, tokens = self.parallel.sum(counts).tolist()
 
-        losses, metrics = [], []
-        for i, batch in enumerate(batches):
-            if signals.received and world == 1:
-                raise Interrupted
-            with self.gradients_stay_local(i + 1 < len(batches)), self.parallel.autocast():
-                batch = batch.to(device, non_blocking=True)
-                loss = self.stage.objective(self.trained, batch, self.config.router_aux_loss_coef)
-                # Processes' gradients are averaged, but the step's loss is a sum over them.
-                self.scaler.scale(loss.total * (world / max(targets, 1))).backward()
-            losses.append(loss.cross_entropy)
-            metrics.append(loss.metrics)
-
+        losses = self.accumulate_gradients(batches, targets, signals)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
-        loss_sum = self.parallel.sum(torch.stack(losses).double().sum())
+        loss_sum = self.parallel.sum(torch.stack([loss.cross_entropy for loss in losses]).double().sum())
         loss, grad_norm = loss_sum.item() / max(targets, 1), norm.item()
         scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.scaler.is_enabled()):
@@ -396,22 +336,34 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
 
-        seconds = time.perf_counter() - began
-        flops = (
-            6 * self.active_parameters() * tokens
-        )  # Kaplan et al. 2020, arXiv:2001.08361, without attention
+        rate = tokens / (time.perf_counter() - began)
         logged = {
             "loss": loss,
             "lr": self.options.learning_rate * scale,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else -1.0,
             "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-            "mfu": flops / seconds / world / self.peak_rate,
+            "tokens_per_s": rate,
+            "mfu": self.flops_per_token * rate / world / self.peak_rate,
             "epoch": step // self.steps_per_epoch,
         }
-        for name in metrics[0]:
-            logged[name] = torch.stack([m[name] for m in metrics]).mean().item()
+        for name in losses[0].metrics:
+            logged[name] = torch.stack([loss.metrics[name] for loss in losses]).mean().item()
         return logged
+
+    def accumulate_gradients(self, batches: list[Batch], targets: float, signals: StopSignals) -> list[Loss]:
+        """Forward and backward of each batch; `targets` is the number of target tokens of the whole step."""
+        device, world = self.parallel.device, self.parallel.world_size
+        losses = []
+        for i, batch in enumerate(batches):
+            if signals.received and world == 1:
+                raise Interrupted
+            with self.gradients_stay_local(i + 1 < len(batches)), self.parallel.autocast():
+                batch = batch.to(device, non_blocking=True)
+                loss = self.stage.objective(self.trained, batch, self.config.router_aux_loss_coef)
+                # Processes' gradients are averaged, but the step's loss is a sum over them.
+                self.scaler.scale(loss.total * (world / max(targets, 1))).backward()
+            losses.append(loss._replace(total=loss.total.detach()))
+        return losses
 
     def gradients_stay_local(self, more_to_come: bool) -> Any:
         """Under several processes, only the last pass of a step exchanges gradients."""
@@ -428,18 +380,14 @@ class Trainer:
             total -= idle * expert * self.config.num_hidden_layers
         return total
 
-    def not_finite(
-        self, step: int, batches: list[Batch], losses: list[torch.Tensor], scale: float
-    ) -> UserError:
+    def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
         """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
-        bad = [i for i, loss in enumerate(losses) if not loss.isfinite()] or range(len(losses))
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        bad = [i for i, loss in enumerate(losses) if not loss.cross_entropy.isfinite()]
         lines: set[int] = set()
-        for i in bad:
-            first = step_in_epoch * self.rows_per_step
-            first += (i * self.parallel.world_size + self.parallel.rank) * self.options.batch_size
+        for i in bad or range(len(batches)):  # with finite losses the gradient alone is bad: all are suspects
+            epoch, first = self.place(step, i)
             for row in range(min(self.options.batch_size, self.data.num_rows - first)):
-                if len(bad) == len(losses) or self.row_is_bad(batches[i], row):
+                if not bad or self.row_is_bad(batches[i], row):
                     lines |= set(self.data.source_lines(epoch, first + row))
         shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")
         return UserError(
@@ -552,34 +500,3 @@ class Trainer:
         """A run that was resumed at its end has nothing to train, but its weight file may be gone."""
         if done == start and self.parallel.is_main:
             save_weights(self.model, self.weights_path)
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM as a request to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> StopSignals:
-        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-
-def check_writable(folder: Path) -> None:
-    """Fail before an hour of training rather than after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out_dir {folder} cannot be written to ({error.strerror})") from None

@@ -204,7 +204,8 @@ def test_checkpoints_hold_fp32_weights(options):
     assert all(torch.equal(t, weights(trainer)[n]) for n, t in state["model"].items())
 
 
-def test_a_loss_that_is_no_number_names_step_rate_and_records(options, monkeypatch):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loss_that_is_no_number_names_step_rate_and_records(options, passes):
     """One record poisons the loss; the message names its line, and the checkpoint before stays."""
     lines = options.data_path.read_text(encoding="utf-8").splitlines()
 
@@ -222,7 +223,18 @@ def test_a_loss_that_is_no_number_names_step_rate_and_records(options, monkeypat
     marker = Tokenizer.load().encode("Ω")[-1]
     stage = replace(PRETRAIN, objective=poisoned)
     with pytest.raises(UserError) as raised:
-        run(replace(options, data_path=data, max_steps=None, save_interval=1, epochs=3), stage)
+        run(
+            replace(
+                options,
+                data_path=data,
+                batch_size=16 // passes,
+                accumulation_steps=passes,
+                max_steps=None,
+                save_interval=1,
+                epochs=3,
+            ),
+            stage,
+        )
     message = str(raised.value)
     step = int(re.search(r"at step (\d+)", message)[1])
     named = [int(n) for n in re.search(r"lines ([\d, ]+)", message)[1].split(", ")]

@@ -1,0 +1,60 @@
+"""The rows a run trains on, and those it is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minimind.data.batches import PackedDataset, split_holdout
+from minimind.data.prepare import prepare
+from minimind.data.records import Kind
+from minimind.data.store import TokenStore
+from minimind.errors import UserError
+from minimind.tokenizer import Tokenizer
+from minimind.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Datasets:
+    training: PackedDataset
+    held_out: PackedDataset | None  # None where there is nothing to hold out
+    content_sha256: str  # of the training file
+
+
+def load_datasets(kind: Kind, options: TrainOptions, tokenizer: Tokenizer, progress: bool) -> Datasets:
+    """Tokenise `data_path` (or find its tokens in the cache) and set apart what is evaluated on.
+
+    Raises: UserError when a file is missing or broken, or holds nothing that fits `max_seq_len`.
+    """
+
+    def tokens_of(path: Path) -> TokenStore:
+        return prepare(
+            path,
+            kind,
+            tokenizer,
+            on_bad_record=options.on_bad_record,
+            num_workers=options.num_workers,
+            progress=progress,
+        )
+
+    def rows_of(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
+        ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
+        return PackedDataset(store, options.max_seq_len, seed=options.seed, documents=documents, **ids)
+
+    if not options.data_path.is_file():
+        raise UserError(
+            f"there is no data at {options.data_path}; put a JSONL file there (dataset/README.md shows "
+            "the formats), name another with --data_path, or try `make demo`, which makes its own"
+        )
+    store = tokens_of(options.data_path)
+    if options.eval_path:
+        training, held_out = rows_of(store), rows_of(tokens_of(options.eval_path))
+    else:
+        kept, held = split_holdout(store)
+        training, held_out = rows_of(store, kept), rows_of(store, held)
+    for path, rows in ((options.data_path, training), (options.eval_path, held_out)):
+        if path and not rows.num_rows:
+            raise UserError(f"{path}: no record fits into --max_seq_len {options.max_seq_len}; raise it")
+    return Datasets(training, held_out if held_out.num_rows else None, store.meta["content_sha256"])
