@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ from rich.table import Table
 from minimind.data.packing import Packing, make_segments
 from minimind.data.prepare import prepare
 from minimind.data.records import read_records
+from minimind.environment import environment
 from minimind.errors import run_cli
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.tokenizer import Tokenizer
@@ -57,9 +57,7 @@ def main() -> None:
             **measure(path, tokenizer, options.max_seq_len, Path(folder)),
             "tokenizers_alone_mb_per_s": tokenizers_alone(options.path, tokenizer),
             "max_seq_len": options.max_seq_len,
-            "cores": len(os.sched_getaffinity(0)),
-            "processor": processor(),
-            "python": platform.python_version(),
+            "machine": environment(),
         }
     show(result)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -138,11 +136,6 @@ def resident_bytes() -> int:
         except OSError:  # it has just ended
             continue
     return total
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def show(result: dict) -> None:

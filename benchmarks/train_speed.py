@@ -28,8 +28,8 @@ from rich.table import Table
 
 from minimind.config import PRESETS
 from minimind.data.records import read_records
+from minimind.environment import environment
 from minimind.errors import run_cli
-from minimind.evaluate.environment import environment
 from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, ROOT

@@ -21,6 +21,9 @@ from minimind.moe import balance
 SHAPES = {
     "dense": ModelConfig(hidden_size=64, num_hidden_layers=3, vocab_size=257),
     "moe": ModelConfig(hidden_size=64, num_hidden_layers=2, vocab_size=257, num_experts=4),
+    "two_shared": ModelConfig(
+        hidden_size=64, num_hidden_layers=1, vocab_size=257, num_experts=4, num_shared_experts=2
+    ),
     "yarn": ModelConfig(
         hidden_size=128,
         num_hidden_layers=2,

@@ -2,7 +2,8 @@
 
 A worker is a fresh Python that runs `serve` and talks pickles over its stdin and stdout. `multiprocessing`
 would import the training script, and PyTorch with it, into every worker: seconds and hundreds of megabytes.
-Importing nothing but the tokenizer and NumPy, a worker starts in a quarter of a second.
+Importing nothing but the tokenizer and NumPy, a worker starts in a quarter of a second. And its stdin ends
+with its parent, even a killed one, where a process pool's workers would wait for ever.
 """
 
 from __future__ import annotations

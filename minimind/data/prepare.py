@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from minimind.data.encode import EncodedBlock, encode_blocks
 from minimind.data.records import BadRecord, Kind, OnBadRecord, no_records, open_file, read_blocks
 from minimind.data.store import BAD_RECORDS, FORMAT_VERSION, StoreWriter, TokenStore
+from minimind.environment import available_cores
 from minimind.errors import UserError
 from minimind.files import sync_directory
 from minimind.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def prepare(
     key = hashlib.sha256(f"{FORMAT_VERSION} {kind} {tokenizer.fingerprint} {content}".encode()).hexdigest()
     folder = cache / f"{kind}-{key[:20]}"
     if num_workers is None:
-        num_workers = 0 if state.st_size < SMALL_FILE_BYTES else min(_available_cores(), MAX_WORKERS)
+        num_workers = 0 if state.st_size < SMALL_FILE_BYTES else min(available_cores(), MAX_WORKERS)
 
     _remove_stale_builds(cache)
     store = TokenStore.open(folder)
@@ -106,10 +107,6 @@ def _content_hash(path: Path) -> tuple[str, os.stat_result]:
     with open_file(path) as file:
         state = os.fstat(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest(), state
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _lock_file(folder: Path) -> Path:

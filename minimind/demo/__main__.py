@@ -15,8 +15,8 @@ from rich.console import Console
 from minimind.chat.options import SamplingOptions
 from minimind.demo.data import DemoData, write_demo_data
 from minimind.demo.measure import measure, metrics_table
+from minimind.environment import environment
 from minimind.errors import run_cli
-from minimind.evaluate.environment import environment
 from minimind.evaluate.report import write_report
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, OUT_DIR, ROOT

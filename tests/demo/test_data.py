@@ -14,13 +14,11 @@ from minimind.errors import UserError
 
 CHARACTERS = "春夏秋冬风花雪月山水日云"
 IDIOMS = [
-    Idiom(
-        "".join(word), "", f"形容第{'甲乙丙丁戊己庚辛'[i % 8]}种情形，十分少见。", "《书》", "这真是～。★某人"
-    )
+    Idiom("".join(word), f"形容第{'甲乙丙丁戊己庚辛'[i % 8]}种情形，十分少见。", "《书》", "这真是～。★某人")
     for i, word in enumerate(itertools.islice(itertools.permutations(CHARACTERS, 4), 1500))
 ]
 SAMPLE = Sources(
-    idioms=[*IDIOMS, Idiom("三心二意", "", "意思不专一◇形容犹豫”。", "", "")],
+    idioms=[*IDIOMS, Idiom("三心二意", "意思不专一◇形容犹豫”。", "", "")],
     small_talk=[["你好", "嗨", "再见"], ["你是谁?", "一个戴面具的人"], ["只有一句"]],
     novel=[[f"第{n}回", "话说天下大势，分久必合。" * 60] for n in range(60)],
 )
