@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -36,6 +36,11 @@ class Batch:
     document_ids: torch.Tensor  # (B, T) int32, 0, 1, 2 … for the segments of a row; padding: -1
     targets_at: torch.Tensor  # (M,) int64, flat indices of the positions whose loss_mask is not 0
 
+    @property
+    def row_units(self) -> torch.Tensor:
+        """(B,) what each row counts for in the mean that is the loss: the weight of its targets."""
+        return self.loss_mask.sum(dim=1)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -49,7 +54,21 @@ class Batch:
         return len(self.targets_at)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass
+class PairBatch(Batch):
+    """A batch of P preference pairs. The two documents of a pair stand in one row, the chosen one first."""
+
+    pairs: torch.Tensor  # (P,) int64, the number of each pair in the store, row after row
+    sides: torch.Tensor  # (M,) int64, the answer each target is of: 2p in the chosen one of pair p, or 2p + 1
+    pairs_in_row: torch.Tensor  # (B,) int64
+    reference: torch.Tensor  # (P, 2) float32, `PairDataset.reference` of these pairs
+
+    @property
+    def row_units(self) -> torch.Tensor:
+        return self.pairs_in_row
 
 
 class PackedDataset:
@@ -70,11 +89,18 @@ class PackedDataset:
         pad_id: int,
         eos_id: int,
         documents: np.ndarray | None = None,
+        tag_weight: float = 1.0,
     ):
-        """`documents`: the documents of the store to use, ascending; without it, all."""
+        """Make up the rows.
+
+        Args:
+            documents: the documents of the store to use, ascending; without it, all.
+            tag_weight: weight in the loss of the tokens that make up a reasoning answer's tags.
+        """
         documents = np.arange(store.num_documents) if documents is None else documents
         segments, self.report = make_segments(store, documents, max_seq_len, eos_id)
         self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
+        self._target_weights = np.array([0, 1, tag_weight], np.float32)  # by the store's class of a token
         self._packing = Packing(segments, max_seq_len, seed)
         self.num_rows = len(self._packing.rows)
         self.padding_fraction = 1 - segments.lengths.sum() / max(self.num_rows * max_seq_len, 1)
@@ -103,22 +129,62 @@ class PackedDataset:
         """Write `segments` one after the other into row `i`."""
         tokens, weights = self.store.tokens, self.store.weights
         column = 0
-        for number, segment in enumerate(segments):
-            start = self._packing.segments.starts[segment]
-            length = self._packing.segments.lengths[segment]
+        for number, (start, length) in enumerate(self._stretches(segments)):
             here = np.s_[i, column : column + length]
             labels = np.s_[start + 1 : start + 1 + length]
             arrays.input_ids[here] = tokens[start : start + length]
             arrays.labels[here] = tokens[labels]
-            arrays.loss_mask[here] = 1 if weights is None else weights[labels]
+            arrays.loss_mask[here] = 1 if weights is None else self._target_weights[weights[labels]]
             arrays.position_ids[here] = np.arange(length)
             arrays.document_ids[here] = number
             column += length
+
+    def _stretches(self, segments: np.ndarray) -> Iterable[tuple[int, int]]:
+        """Where each stretch of a document begins in the store, and how many positions it takes."""
+        every = self._packing.segments
+        return zip(every.starts[segments], every.lengths[segments], strict=True)
 
     def source_lines(self, epoch: int, row: int) -> list[int]:
         """The lines of the JSONL file that a row was made from, to name them when its loss is not finite."""
         documents = self._packing.segments.documents[self._packing.row(epoch, row)]
         return sorted({int(line) for line in self.store.lines[documents]})
+
+
+class PairDataset(PackedDataset):
+    """A store of preference pairs as rows that hold whole pairs.
+
+    Attributes:
+        reference: (pairs of the store, 2) float32, the log-probability of each chosen and rejected answer
+            under the model that training starts from; NaN until somebody has worked it out.
+    """
+
+    def __init__(self, store: TokenStore, max_seq_len: int, **arguments):
+        super().__init__(store, max_seq_len, **arguments)
+        self.reference = torch.full((store.num_documents // 2, 2), torch.nan)
+
+    def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> PairBatch:
+        batch = super().batch(epoch, row_start, row_count, min_rows)
+        rows = range(row_start, min(row_start + row_count, self.num_rows))
+        segments = [self._packing.row(epoch, row) for row in rows]
+        pairs_in_row = torch.zeros(len(batch.input_ids), dtype=torch.int64)
+        pairs_in_row[: len(rows)] = torch.tensor([len(row) for row in segments], dtype=torch.int64)
+        pairs_before = pairs_in_row.cumsum(0) - pairs_in_row  # (B,)
+        row_of_target = batch.targets_at // self.max_seq_len  # (M,)
+        documents = self._packing.segments.documents[np.concatenate([*segments, np.zeros(0, np.int64)])]
+        pairs = torch.from_numpy(documents // 2).long()
+        return PairBatch(
+            **vars(batch),
+            pairs=pairs,
+            sides=2 * pairs_before[row_of_target] + batch.document_ids.flatten()[batch.targets_at],
+            pairs_in_row=pairs_in_row,
+            reference=self.reference[pairs],
+        )
+
+    def _stretches(self, segments: np.ndarray) -> Iterator[tuple[int, int]]:
+        offsets = self.store.offsets
+        for chosen in self._packing.segments.documents[segments]:
+            for document in (chosen, chosen + 1):
+                yield offsets[document], offsets[document + 1] - offsets[document] - 1
 
 
 def split_holdout(

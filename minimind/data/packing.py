@@ -27,7 +27,7 @@ class CutReport:
     documents: int
     split: int = 0  # pretraining texts made into several segments
     cut: int = 0  # conversations that end earlier, at the end of an answer
-    dropped: int = 0  # conversations whose first answer does not fit
+    dropped: int = 0  # conversations whose first answer does not fit, pairs that do not
     lost_target_tokens: int = 0  # of the conversations cut or dropped
 
 
@@ -46,7 +46,12 @@ class Segments:
 def make_segments(
     store: TokenStore, documents: np.ndarray, max_seq_len: int, eos_id: int
 ) -> tuple[Segments, CutReport]:
-    """The segments of `documents` (ascending): texts are split, conversations cut at the end of an answer."""
+    """The segments of `documents` (ascending).
+
+    Texts are split, conversations cut at the end of an answer, preference pairs kept whole.
+    """
+    if store.kind == "preference":
+        return whole_pairs(store.offsets, documents, max_seq_len)
     if store.weights is None:
         return split_texts(store.offsets, documents, max_seq_len)
     return cut_conversations(store, documents, max_seq_len, eos_id)
@@ -141,6 +146,19 @@ def _cut_slab(
     report.cut += int(((lengths > 0) & (lost > 0)).sum())
     report.lost_target_tokens += int(lost.sum())
     return lengths
+
+
+def whole_pairs(offsets: np.ndarray, documents: np.ndarray, max_seq_len: int) -> tuple[Segments, CutReport]:
+    """One segment for both documents of each pair, named after the chosen one, the even.
+
+    A pair that does not fit is dropped: half an answer has another log-probability than the whole.
+    """
+    chosen = documents[::2]
+    lengths = offsets[chosen + 2] - offsets[chosen] - 2  # positions: the last token of each has no label
+    fits = lengths <= max_seq_len
+    report = CutReport(len(chosen), dropped=int((~fits).sum()))
+    kept = chosen[fits]
+    return Segments(offsets[kept], lengths[fits].astype(np.int32), kept.astype(np.int32)), report
 
 
 @dataclass

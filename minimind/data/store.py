@@ -1,8 +1,8 @@
 """The tokenised form of a data file: a folder of flat binary arrays, mapped into memory and never loaded.
 
     tokens.bin        uint16 or uint32, all documents one after the other
-    weights.bin       uint8 for every token: 1 where it is a target, 0 where not. Not there for pretraining,
-                      where all tokens are targets
+    weights.bin       uint8 for every token: 1 where it is a target, 2 where it is one and part of a tag of a
+                      reasoning answer, 0 where not. Not there for pretraining, where all tokens are targets
     offsets.bin       int64, documents + 1 of them: document i is tokens[offsets[i]:offsets[i + 1]]
     lines.bin         int64 for every document: its line in the JSONL file, from 1
     fingerprints.bin  uint32 for every document: CRC-32 of the tokens of its record
@@ -26,7 +26,7 @@ import numpy as np
 from minimind.data.encode import EncodedBlock, token_dtype
 from minimind.data.records import BadRecord, Kind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BAD_RECORDS = "bad_records.jsonl"
 META = "meta.json"
 
@@ -118,7 +118,11 @@ class StoreWriter:
         for name, array in arrays.items():
             if array is not None:
                 self._files[name].write(array)
-        targets = len(block.tokens) - len(block.lengths) if block.weights is None else block.weights.sum()
+        targets = (
+            len(block.tokens) - len(block.lengths)
+            if block.weights is None
+            else np.count_nonzero(block.weights)
+        )
         counts["num_documents"] += len(block.lengths)
         counts["num_tokens"] += len(block.tokens)
         counts["num_target_tokens"] += int(targets)

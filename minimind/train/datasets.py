@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.batches import PackedDataset, split_holdout
+from minimind.data.batches import PackedDataset, PairDataset, split_holdout
 from minimind.data.prepare import prepare
 from minimind.data.records import Kind
 from minimind.data.store import TokenStore
@@ -23,7 +23,9 @@ class Datasets:
     content_sha256: str  # of the training file
 
 
-def load_datasets(kind: Kind, options: TrainOptions, tokenizer: Tokenizer, progress: bool) -> Datasets:
+def load_datasets(
+    kind: Kind, options: TrainOptions, tokenizer: Tokenizer, progress: bool, tag_weight: float = 1.0
+) -> Datasets:
     """Tokenise `data_path` (or find its tokens in the cache) and set apart what is evaluated on.
 
     Raises: UserError when a file is missing or broken, or holds nothing that fits `max_seq_len`.
@@ -40,8 +42,16 @@ def load_datasets(kind: Kind, options: TrainOptions, tokenizer: Tokenizer, progr
         )
 
     def rows_of(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
-        ids = {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id}
-        return PackedDataset(store, options.max_seq_len, seed=options.seed, documents=documents, **ids)
+        dataset = PairDataset if kind == "preference" else PackedDataset
+        return dataset(
+            store,
+            options.max_seq_len,
+            seed=options.seed,
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            documents=documents,
+            tag_weight=tag_weight,
+        )
 
     if not options.data_path.is_file():
         raise UserError(

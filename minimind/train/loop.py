@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from minimind.config import model_config
-from minimind.data.batches import Batch, prefetch
+from minimind.data.batches import Batch, PackedDataset, prefetch
 from minimind.data.records import Kind
 from minimind.errors import UserError
-from minimind.evaluate.bits_per_byte import bits_per_byte
 from minimind.files import atomic_write, check_writable
 from minimind.model import MiniMind
 from minimind.paths import OUT_DIR
+from minimind.stages import SCRIPTS
 from minimind.tokenizer import Tokenizer
 from minimind.train.checkpoint import (
     list_checkpoints,
@@ -43,7 +43,7 @@ from minimind.train.checkpoint import (
 )
 from minimind.train.datasets import load_datasets
 from minimind.train.monitor import Monitor, duration, matmul_rate
-from minimind.train.objective import Loss, next_token_loss
+from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
@@ -53,7 +53,7 @@ from minimind.weights import check_tokenizer, load_model, save_weights
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
 
-# Options that decide what a run computes: a resumed run must have the same.
+# Options that decide what a run computes, as do those of a stage's own: a resumed run must have the same.
 FIXED_IN_A_RUN = (
     "max_seq_len",
     "epochs",
@@ -73,10 +73,13 @@ FIXED_IN_A_RUN = (
 class Stage:
     """What is particular to one kind of training."""
 
-    name: str  # first part of the weight file's name
+    name: str  # the weight file's name without the model's size, relative to out_dir
     data_kind: Kind
     starts_from: tuple[str, ...] = ()  # weight files to start from, the first that exists
-    objective: Callable[[MiniMind, Batch, float], Loss] = next_token_loss
+    objective: Objective = field(default_factory=NextToken)
+    tag_weight: float = 1.0  # in the loss, of the tokens of a reasoning answer's tags
+    prepare: Callable[[MiniMind], object] | None = None  # change the model, choose what is trained
+    save: Callable[[MiniMind, Path], None] = save_weights
 
 
 def train(stage: Stage, options: TrainOptions) -> int:
@@ -117,16 +120,20 @@ class Trainer:
             self.tokenizer.vocab_size,
         )
         self.weights_path = options.out_dir / f"{stage.name}_{self.config.name}.pth"
-        self.run_dir = options.out_dir / "runs" / self.weights_path.stem
-        check_writable(options.out_dir)
+        self.run_dir = self.weights_path.parent / "runs" / self.weights_path.stem
+        check_writable(self.weights_path.parent)
         check_writable(self.run_dir)
         if self.weights_path.is_dir():
             raise UserError(
                 f"{self.weights_path} is a folder, but the weights are to be written there; move it"
             )
         torch.manual_seed(options.seed)
-        self.model = self.initial_model().to(parallel.device)
-        datasets = load_datasets(stage.data_kind, options, self.tokenizer, progress=parallel.is_main)
+        self.started_from: Path | None = None
+        self.model = self.initial_model()
+        if stage.prepare:
+            stage.prepare(self.model)
+        self.model.to(parallel.device)
+        datasets = load_datasets(stage.data_kind, options, self.tokenizer, parallel.is_main, stage.tag_weight)
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
@@ -137,8 +144,9 @@ class Trainer:
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.total_steps // 50)
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
-        # Kaplan et al. 2020, arXiv:2001.08361, without attention.
-        self.flops_per_token = 6 * self.active_parameters()
+        self.objective = stage.objective
+        self.objective.setup(self.config, self.tokenizer, parallel)
+        self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
 
         self.compiled = self.compile()
         self.trained = parallel.wrap(self.model)
@@ -147,21 +155,32 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
 
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def datasets(self) -> list[PackedDataset]:
+        return [self.data, self.held_out] if self.held_out else [self.data]
+
     # ---- Before the first step ----
 
     def initial_model(self) -> MiniMind:
         """Random weights, or those of the stage that comes before this one."""
         has_checkpoint = self.options.from_resume and list_checkpoints(self.run_dir / "checkpoints")
-        if not self.stage.starts_from or has_checkpoint:
+        from_weight = self.options.from_weight
+        names = (from_weight,) if from_weight else self.stage.starts_from
+        if names in ((), ("none",)) or has_checkpoint:
             return MiniMind(self.config)
-        paths = [self.options.out_dir / f"{name}_{self.config.name}.pth" for name in self.stage.starts_from]
-        path = next((p for p in paths if p.is_file()), paths[-1])
+        paths = {self.options.out_dir / f"{name}_{self.config.name}.pth": name for name in names}
+        path = next((p for p in paths if p.is_file()), list(paths)[-1])
         same = ("preset", "hidden_size", "num_hidden_layers", "use_moe", "tokenizer_path", "out_dir")
         given = {name: getattr(self.options, name) for name in same}
         flags = [f" --{n} {v}" for n, v in given.items() if v not in (None, False, OUT_DIR)]
-        command = f"python trainer/train_{self.stage.starts_from[-1]}.py{''.join(flags)}"
+        script = SCRIPTS.get(paths[path])
+        command = f"python {script}{''.join(flags)}" if script else f"a stage that writes {path.name}"
         model = load_model(path, command, expected=self.config)
         check_tokenizer(path, self.tokenizer)
+        self.started_from = path
         return model
 
     def compile(self) -> bool:
@@ -201,13 +220,16 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
+        self.objective.load_state_dict(state["objective"], self.datasets())
         set_random_state(state["random"])
         say(f"resumed at step {state['step']} of {self.total_steps}")
         return state["step"]
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
-        options = {name: getattr(self.options, name) for name in FIXED_IN_A_RUN}
+        shared = {item.name for item in dataclasses.fields(TrainOptions)}
+        own = [item.name for item in dataclasses.fields(self.options) if item.name not in shared]
+        options = {name: plain(getattr(self.options, name)) for name in (*FIXED_IN_A_RUN, *own)}
         data = {
             "data (its content)": self.data_sha256,
             "rows to train on": self.data.num_rows,
@@ -247,6 +269,8 @@ class Trainer:
             if options.use_wandb:
                 monitor.start_wandb(options.wandb_project, self.weights_path.stem, self.settings())
             self.introduce()
+            if self.is_new:
+                self.objective.begin(self.model, self.datasets(), self.parallel, options.batch_size)
             began, tokens = time.perf_counter(), 0
             done = start
             try:
@@ -312,20 +336,20 @@ class Trainer:
         device, world = self.parallel.device, self.parallel.world_size
         counts = torch.tensor(
             [
-                sum(b.loss_mask.sum().item() for b in batches),
+                sum(b.row_units.sum().item() for b in batches),
                 sum((b.document_ids >= 0).sum().item() for b in batches),
             ],
             dtype=torch.float64,
             device=device,
         )
-        targets, tokens = self.parallel.sum(counts).tolist()
+        units, tokens = self.parallel.sum(counts).tolist()
 
-        losses = self.accumulate_gradients(batches, targets, signals)
+        losses = self.accumulate_gradients(batches, units, signals)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
-        loss_sum = self.parallel.sum(torch.stack([loss.cross_entropy for loss in losses]).double().sum())
-        loss, grad_norm = loss_sum.item() / max(targets, 1), norm.item()
+        loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
+        loss, grad_norm = loss_sum.item() / max(units, 1), norm.item()
         scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
         if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.scaler.is_enabled()):
             raise self.not_finite(step, batches, losses, scale)
@@ -346,12 +370,21 @@ class Trainer:
             "mfu": self.flops_per_token * rate / world / self.peak_rate,
             "epoch": step // self.steps_per_epoch,
         }
-        for name in losses[0].metrics:
-            logged[name] = torch.stack([loss.metrics[name] for loss in losses]).mean().item()
-        return logged
+        return logged | self.mean_metrics(batches, losses, units)
 
-    def accumulate_gradients(self, batches: list[Batch], targets: float, signals: StopSignals) -> list[Loss]:
-        """Forward and backward of each batch; `targets` is the number of target tokens of the whole step."""
+    def mean_metrics(self, batches: list[Batch], losses: list[Loss], units: float) -> dict[str, float]:
+        """The objective's further numbers, each a mean over the units of all batches of all processes."""
+        if not losses[0].metrics:
+            return {}
+        sums = sum(
+            torch.stack(list(loss.metrics.values())).double().cpu() * batch.row_units.sum().item()
+            for batch, loss in zip(batches, losses, strict=True)
+        )
+        means = self.parallel.sum(sums.to(self.parallel.device)) / max(units, 1)
+        return dict(zip(losses[0].metrics, means.tolist(), strict=True))
+
+    def accumulate_gradients(self, batches: list[Batch], units: float, signals: StopSignals) -> list[Loss]:
+        """Forward and backward of each batch; `units` is what the loss is a mean over, of the whole step."""
         device, world = self.parallel.device, self.parallel.world_size
         losses = []
         for i, batch in enumerate(batches):
@@ -359,9 +392,9 @@ class Trainer:
                 raise Interrupted
             with self.gradients_stay_local(i + 1 < len(batches)), self.parallel.autocast():
                 batch = batch.to(device, non_blocking=True)
-                loss = self.stage.objective(self.trained, batch, self.config.router_aux_loss_coef)
+                loss = self.objective.loss(self.trained, batch, self.config.router_aux_loss_coef)
                 # Processes' gradients are averaged, but the step's loss is a sum over them.
-                self.scaler.scale(loss.total * (world / max(targets, 1))).backward()
+                self.scaler.scale(loss.total * (world / max(units, 1))).backward()
             losses.append(loss._replace(total=loss.total.detach()))
         return losses
 
@@ -371,23 +404,14 @@ class Trainer:
             return self.trained.no_sync()
         return torch.enable_grad()
 
-    def active_parameters(self) -> int:
-        """Parameters a token is multiplied with: all, less the experts it does not visit."""
-        total = self.model.num_parameters
-        if self.config.num_experts:
-            expert = sum(p.numel() for p in self.model.model.layers[0].mlp.experts[0].parameters())
-            idle = self.config.num_experts - self.config.num_experts_per_tok
-            total -= idle * expert * self.config.num_hidden_layers
-        return total
-
     def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
         """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
-        bad = [i for i, loss in enumerate(losses) if not loss.cross_entropy.isfinite()]
+        bad = [i for i, loss in enumerate(losses) if not loss.logged.isfinite()]
         lines: set[int] = set()
         for i in bad or range(len(batches)):  # with finite losses the gradient alone is bad: all are suspects
             epoch, first = self.place(step, i)
             for row in range(min(self.options.batch_size, self.data.num_rows - first)):
-                if not bad or self.row_is_bad(batches[i], row):
+                if not bad or self.row_is_bad(epoch, first + row):
                     lines |= set(self.data.source_lines(epoch, first + row))
         shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")
         return UserError(
@@ -398,14 +422,10 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def row_is_bad(self, batch: Batch, row: int) -> bool:
-        alone = slice(row, row + 1)
-        one = Batch(
-            *(getattr(batch, f.name)[alone] for f in dataclasses.fields(batch)[:-1]),
-            targets_at=batch.loss_mask[alone].flatten().nonzero().flatten(),
-        ).to(self.parallel.device)
+    def row_is_bad(self, epoch: int, row: int) -> bool:
+        alone = self.data.batch(epoch, row, 1).to(self.parallel.device)
         with self.parallel.autocast():
-            return not self.stage.objective(self.model, one, 0.0).cross_entropy.isfinite().item()
+            return not self.objective.loss(self.model, alone, 0.0).logged.isfinite().item()
 
     # ---- Reporting and saving ----
 
@@ -415,12 +435,14 @@ class Trainer:
 
     def settings(self) -> dict[str, Any]:
         """All that a reader of the run's results needs to know, as plain values."""
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        options = {name: plain(value) for name, value in vars(self.options).items()}
         return {
             "stage": self.stage.name,
             "options": options,
+            "started_from": plain(self.started_from),
             "model": dataclasses.asdict(self.config),
             "parameters": self.model.num_parameters,
+            "trainable_parameters": self.num_trainable,
             "data_sha256": self.data_sha256,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "total_steps": self.total_steps,
@@ -436,9 +458,10 @@ class Trainer:
             return
         text = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
-        say, report = self.monitor.say, self.data.report
+        say, report, total = self.monitor.say, self.data.report, self.model.num_parameters
+        part = "" if self.num_trainable == total else f"{self.num_trainable / 1e6:.2f} M of "
         say(
-            f"{self.stage.name}: {self.model.num_parameters / 1e6:.2f} M parameters on "
+            f"{self.stage.name}: {part}{total / 1e6:.2f} M parameters on "
             f"{self.parallel.device}, {str(self.parallel.dtype).removeprefix('torch.')}"
             f"{', compiled' if self.compiled else ''}; matrix products here run at "
             f"{self.peak_rate / 1e9:,.0f} GFLOP/s"
@@ -447,9 +470,16 @@ class Trainer:
             f"data: {self.data.num_rows:,} rows of {self.options.max_seq_len} tokens, "
             f"{self.data.padding_fraction:.2%} padding; {self.total_steps:,} steps"
         )
+        if self.started_from:
+            say(f"starting from {self.started_from}")
         if report.split:
             say(f"data: {report.split:,} texts are longer than a row and were split")
-        if report.cut or report.dropped:
+        if report.dropped and self.stage.data_kind == "preference":
+            say(
+                f"data: of {report.documents:,} pairs {report.dropped:,} are left out, since chosen and "
+                f"rejected together are longer than --max_seq_len {self.options.max_seq_len}"
+            )
+        elif report.cut or report.dropped:
             say(
                 f"data: of {report.documents:,} conversations {report.cut:,} are too long for --max_seq_len "
                 f"{self.options.max_seq_len} and end after an earlier answer, {report.dropped:,} are left "
@@ -462,10 +492,10 @@ class Trainer:
         if self.held_out is None:
             return
         rows = None if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
-        score = bits_per_byte(
+        scores = self.objective.evaluate(
             self.model, self.held_out, self.tokenizer, self.parallel, self.options.batch_size, rows
         )
-        self.monitor.evaluation(step, {"eval_loss": score.loss, "eval_bpb": score.bits_per_byte})
+        self.monitor.evaluation(step, scores)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""
@@ -476,13 +506,14 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
+                "objective": self.objective.state_dict(self.datasets()),
                 "random": random_state(),
             }
             folder = self.run_dir / "checkpoints"
             if self.is_new:
                 self.set_previous_aside(folder)
             save_checkpoint(folder, step, state)
-            save_weights(self.model, self.weights_path)
+            self.stage.save(self.model, self.weights_path)
         self.parallel.barrier()
 
     def set_previous_aside(self, checkpoints: Path) -> None:
@@ -499,4 +530,23 @@ class Trainer:
     def save_final(self, done: int, start: int) -> None:
         """A run that was resumed at its end has nothing to train, but its weight file may be gone."""
         if done == start and self.parallel.is_main:
-            save_weights(self.model, self.weights_path)
+            self.stage.save(self.model, self.weights_path)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON and checkpoints can hold it."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def training_flops(model: MiniMind) -> float:
+    """Floating-point operations of a training step for each token, without attention.
+
+    Two for each parameter a token meets forward, two backward, and two more where the parameter is trained
+    (Kaplan et al. 2020, arXiv:2001.08361).
+    """
+    config = model.config
+    share = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0  # of the experts
+    return sum(
+        parameter.numel() * (6 if parameter.requires_grad else 4) * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+    )

@@ -16,6 +16,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from minimind.errors import UserError
 from minimind.files import atomic_write
 
+EVALUATION = {  # how the scores on held-out data are shown
+    "eval_loss": "loss {:.3f}",
+    "eval_bpb": "{:.4f} bits per byte",
+    "eval_accuracy": "{:.1%} of pairs as preferred",
+    "eval_reward_accuracy": "{:.1%} moved towards the preferred",
+    "eval_margin": "margin {:.3f}",
+}
+
 
 class Monitor:
     """Log sink of the main process; the other processes of a run have one that stays silent."""
@@ -93,10 +101,8 @@ class Monitor:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.write({"step": step} | values)
-        self.say(
-            f"step {step}/{self.total_steps} · held out: loss {values['eval_loss']:.3f} · "
-            f"{values['eval_bpb']:.4f} bits per byte"
-        )
+        shown = " · ".join(f"{EVALUATION[name].format(value)}" for name, value in values.items())
+        self.say(f"step {step}/{self.total_steps} · held out: {shown}")
 
     def write(self, values: dict[str, float]) -> None:
         if self.file:

@@ -1,48 +1,97 @@
-"""What is minimised. An objective maps a model and a batch to a sum over target tokens.
+"""What is minimised. An objective maps a model and a batch to a sum over the batch's units.
 
-The loop divides by the number of target tokens of the whole optimizer step, so that the split of a step
-into batches, accumulation and processes does not change the training.
+A unit is a target token, or whatever else the objective counts in (pairs, for preferences). The loop divides
+by the number of units of the whole optimizer step, so that the split of a step into batches, accumulation
+and processes does not change the training.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.data.batches import Batch
-from minimind.model import MiniMind
+from minimind.config import ModelConfig
+from minimind.data.batches import Batch, PackedDataset
+from minimind.evaluate.bits_per_byte import bits_per_byte
+from minimind.model import MiniMind, Routing
+from minimind.tokenizer import Tokenizer
+from minimind.train.parallel import Parallel
 
 
 class Loss(NamedTuple):
-    total: Tensor  # () what to differentiate: a sum over target tokens
-    cross_entropy: Tensor  # () the language-modelling part of it, in nats, for the log
-    metrics: dict[str, Tensor]  # further numbers for the log, of this batch
+    total: Tensor  # () what to differentiate: a sum over units
+    logged: Tensor  # () the part of it to log as the loss, without the experts' balance
+    metrics: dict[str, Tensor]  # further numbers for the log, each a mean over the units of the batch
 
 
-def next_token_loss(model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
-    """Cross-entropy of the next token, and the experts' balance loss where there are experts.
+class Objective:
+    """What the loop asks of an objective. `loss` has to be written; the rest is for those who need it."""
 
-    Each row's balance loss counts as often as the row has targets, so both parts share one denominator.
-    """
-    nll, weights, routing = token_losses(model, batch)
-    cross_entropy = (nll * weights).sum()
-    if not routing:
-        return Loss(cross_entropy, cross_entropy.detach(), {})
-    targets_in_row = batch.loss_mask.sum(dim=1)  # (B,)
-    balance = torch.stack([r.balance_loss for r in routing]).mean(dim=0)  # (B,)
-    load = torch.stack([r.expert_load for r in routing]).mean(dim=0)  # (E,)
-    total = cross_entropy + balance_coef * len(routing) * (balance * targets_in_row).sum()
-    metrics = {"balance_loss": balance.detach().mean()}
-    metrics |= {f"expert_load/{i}": share for i, share in enumerate(load.detach())}
-    return Loss(total, cross_entropy.detach(), metrics)
+    flops_per_token = 0.0  # spent beside the trained model, by a teacher for instance
+
+    def setup(self, config: ModelConfig, tokenizer: Tokenizer, parallel: Parallel) -> None:
+        """Once in every process, before its first step; `config` is the trained model's."""
+
+    def begin(
+        self, model: MiniMind, datasets: list[PackedDataset], parallel: Parallel, batch_size: int
+    ) -> None:
+        """At the start of a new run, when `model` still has the weights it starts from."""
+
+    def state_dict(self, datasets: list[PackedDataset]) -> dict[str, Any]:
+        """What `begin` found out, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], datasets: list[PackedDataset]) -> None:
+        """Takes the place of `begin` in a run that is resumed."""
+
+    def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
+        raise NotImplementedError
+
+    def evaluate(
+        self,
+        model: MiniMind,
+        data: PackedDataset,
+        tokenizer: Tokenizer,
+        parallel: Parallel,
+        batch_size: int,
+        max_rows: int | None,
+    ) -> dict[str, float]:
+        """Scores of `model` on the first `max_rows` rows of held-out data, under the names of the log."""
+        score = bits_per_byte(model, data, tokenizer, parallel, batch_size, max_rows)
+        return {"eval_loss": score.loss, "eval_bpb": score.bits_per_byte}
 
 
-def token_losses(model: MiniMind, batch: Batch) -> tuple[Tensor, Tensor, list]:
+class NextToken(Objective):
+    """Cross-entropy of the next token, and the experts' balance loss where there are experts."""
+
+    def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
+        nll, weights, routing = token_losses(model, batch)
+        return with_balance((nll * weights).sum(), {}, batch, routing, balance_coef)
+
+
+def token_losses(model: MiniMind, batch: Batch) -> tuple[Tensor, Tensor, list[Routing]]:
     """Cross-entropy (M,) in nats and weight (M,) of the M target tokens of a batch, and the routing."""
     out = model(batch.input_ids, batch.position_ids, batch.document_ids, logits_at=batch.targets_at)
     labels = batch.labels.flatten()[batch.targets_at]  # (M,)
     nll = F.cross_entropy(out.logits.float(), labels, reduction="none")
     return nll, batch.loss_mask.flatten()[batch.targets_at], out.routing
+
+
+def with_balance(
+    loss: Tensor, metrics: dict[str, Tensor], batch: Batch, routing: list[Routing], balance_coef: float
+) -> Loss:
+    """`loss` with the experts' balance loss added; a dense model has no `routing` and adds nothing.
+
+    Each row's balance loss counts as often as the row has units, so both parts share one denominator.
+    """
+    if not routing:
+        return Loss(loss, loss.detach(), metrics)
+    balance = torch.stack([r.balance_loss for r in routing]).mean(dim=0)  # (B,)
+    load = torch.stack([r.expert_load for r in routing]).mean(dim=0)  # (E,)
+    total = loss + balance_coef * len(routing) * (balance * batch.row_units).sum()
+    metrics = metrics | {"balance_loss": balance.detach().mean()}
+    metrics |= {f"expert_load/{i}": share for i, share in enumerate(load.detach())}
+    return Loss(total, loss.detach(), metrics)

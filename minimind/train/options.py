@@ -29,6 +29,11 @@ class TrainOptions:
     use_moe: bool | None = flag(None, "train a mixture of experts")
     max_seq_len: int = flag(512, "length of a row in tokens")
 
+    from_weight: str | None = flag(
+        None,
+        "start from the weights of this stage (pretrain, full_sft, …), or none; without it as the stage does",
+    )
+
     # Optimisation
     epochs: int = flag(1, "passes over the data")
     batch_size: int = flag(32, "rows in one forward and backward pass of one device")

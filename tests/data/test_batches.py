@@ -109,10 +109,10 @@ def test_rows_of_padding_make_up_a_shape(texts):
     assert len(data.batch(0, 0, 4, min_rows=2).input_ids) == 4
 
 
-def test_weights_above_one_reach_the_loss_mask(chats):
+def test_the_weight_of_tags_reaches_the_loss_mask(chats):
     weights = chats.weights.copy()
-    weights[weights > 0] = 10
-    batch = dataset(replace(chats, weights=weights), 128).batch(0, 0, 2)
+    weights[weights > 0] = 2
+    batch = dataset(replace(chats, weights=weights), 128, tag_weight=10).batch(0, 0, 2)
     assert set(batch.loss_mask.unique().tolist()) == {0.0, 10.0}
     assert batch.num_target_tokens == dataset(chats, 128).batch(0, 0, 2).num_target_tokens
 

@@ -19,7 +19,7 @@ from minimind.errors import UserError
 from minimind.paths import ROOT
 from minimind.train import loop
 from minimind.train.checkpoint import list_checkpoints
-from minimind.train.objective import Loss, next_token_loss
+from minimind.train.objective import Loss, NextToken
 from minimind.weights import load_model
 
 from .conftest import PRETRAIN, SFT, SIZE, metrics, run, write_jsonl
@@ -209,10 +209,11 @@ def test_a_loss_that_is_no_number_names_step_rate_and_records(options, passes):
     """One record poisons the loss; the message names its line, and the checkpoint before stays."""
     lines = options.data_path.read_text(encoding="utf-8").splitlines()
 
-    def poisoned(model, batch, balance_coef):
-        loss = next_token_loss(model, batch, balance_coef)
-        bad = (batch.input_ids == marker).any()
-        return Loss(*(loss.total * float("nan"), loss.cross_entropy * float("nan"), {}) if bad else loss)
+    class Poisoned(NextToken):
+        def loss(self, model, batch, balance_coef):
+            loss = super().loss(model, batch, balance_coef)
+            bad = (batch.input_ids == marker).any()
+            return Loss(*(loss.total * float("nan"), loss.logged * float("nan"), {}) if bad else loss)
 
     from minimind.tokenizer import Tokenizer
 
@@ -221,7 +222,7 @@ def test_a_loss_that_is_no_number_names_step_rate_and_records(options, passes):
     records[50] = {"text": records[50]["text"] + "Ω"}
     write_jsonl(data, records)
     marker = Tokenizer.load().encode("Ω")[-1]
-    stage = replace(PRETRAIN, objective=poisoned)
+    stage = replace(PRETRAIN, objective=Poisoned())
     with pytest.raises(UserError) as raised:
         run(
             replace(
@@ -271,11 +272,12 @@ def test_fine_tuning_starts_from_pretraining_and_trains_answers_only(options, sf
 def test_precision_is_what_was_asked_for(options, monkeypatch):
     seen = set()
 
-    def watch(model, batch, balance_coef):
-        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return next_token_loss(model, batch, balance_coef)
+    class Watch(NextToken):
+        def loss(self, *arguments):
+            seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return super().loss(*arguments)
 
-    stage = replace(PRETRAIN, objective=watch)
+    stage = replace(PRETRAIN, objective=Watch())
     for dtype in ("bfloat16", "float32"):
         trainer = run(replace(options, dtype=dtype, max_steps=1), stage)
         assert seen == {getattr(torch, dtype)}
