@@ -6,11 +6,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from minimind.data.batches import PackedDataset
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
+from minimind.train.losses import at_targets
 from minimind.train.parallel import Parallel
 
 
@@ -40,12 +40,11 @@ def bits_per_byte(
     for start in range(parallel.rank * batch_size, rows, parallel.world_size * batch_size):
         count = min(batch_size, rows - start)
         batch = data.batch(0, start, count, min_rows=batch_size).to(parallel.device)
-        labels = batch.labels.flatten()[batch.targets_at]  # (M,)
         with parallel.autocast():
-            out = model(batch.input_ids, batch.position_ids, batch.document_ids, logits_at=batch.targets_at)
-        nll = F.cross_entropy(out.logits.float(), labels, reduction="none")
+            targets = at_targets(model, batch)
+        nll = targets.nll
         sums += torch.stack(
-            [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[labels].sum().to(sums)]
+            [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[targets.labels].sum().to(sums)]
         )
     model.train(was_training)
     nats, tokens, num_bytes = parallel.sum(sums).tolist()

@@ -42,7 +42,7 @@ from minimind.train.checkpoint import (
     set_random_state,
 )
 from minimind.train.datasets import load_datasets
-from minimind.train.monitor import Monitor, duration, matmul_rate
+from minimind.train.monitor import Monitor, duration, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.options import TrainOptions
@@ -536,17 +536,3 @@ class Trainer:
 def plain(value: Any) -> Any:
     """`value` as JSON and checkpoints can hold it."""
     return str(value) if isinstance(value, Path) else value
-
-
-def training_flops(model: MiniMind) -> float:
-    """Floating-point operations of a training step for each token, without attention.
-
-    Two for each parameter a token meets forward, two backward, and two more where the parameter is trained
-    (Kaplan et al. 2020, arXiv:2001.08361).
-    """
-    config = model.config
-    share = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0  # of the experts
-    return sum(
-        parameter.numel() * (6 if parameter.requires_grad else 4) * (share if ".experts." in name else 1.0)
-        for name, parameter in model.named_parameters()
-    )

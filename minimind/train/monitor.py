@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minimind.errors import UserError
 from minimind.files import atomic_write
+from minimind.model import MiniMind
 
 EVALUATION = {  # how the scores on held-out data are shown
     "eval_loss": "loss {:.3f}",
@@ -158,3 +159,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     seconds()  # the first one pays for the kernel's set-up
     return 2 * size**3 / min(seconds() for _ in range(3))
+
+
+def training_flops(model: MiniMind) -> float:
+    """Floating-point operations of a training step for each token, without attention.
+
+    Two for each parameter a token meets forward, two backward, and two more where the parameter is trained
+    (Kaplan et al. 2020, arXiv:2001.08361).
+    """
+    config = model.config
+    share = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0  # of the experts
+    return sum(
+        parameter.numel() * (6 if parameter.requires_grad else 4) * (share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+    )

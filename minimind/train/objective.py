@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.config import ModelConfig
@@ -18,6 +17,7 @@ from minimind.data.batches import Batch, PackedDataset
 from minimind.evaluate.bits_per_byte import bits_per_byte
 from minimind.model import MiniMind, Routing
 from minimind.tokenizer import Tokenizer
+from minimind.train.losses import at_targets
 from minimind.train.parallel import Parallel
 
 
@@ -68,16 +68,8 @@ class NextToken(Objective):
     """Cross-entropy of the next token, and the experts' balance loss where there are experts."""
 
     def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
-        nll, weights, routing = token_losses(model, batch)
-        return with_balance((nll * weights).sum(), {}, batch, routing, balance_coef)
-
-
-def token_losses(model: MiniMind, batch: Batch) -> tuple[Tensor, Tensor, list[Routing]]:
-    """Cross-entropy (M,) in nats and weight (M,) of the M target tokens of a batch, and the routing."""
-    out = model(batch.input_ids, batch.position_ids, batch.document_ids, logits_at=batch.targets_at)
-    labels = batch.labels.flatten()[batch.targets_at]  # (M,)
-    nll = F.cross_entropy(out.logits.float(), labels, reduction="none")
-    return nll, batch.loss_mask.flatten()[batch.targets_at], out.routing
+        targets = at_targets(model, batch)
+        return with_balance((targets.nll * targets.weights).sum(), {}, batch, targets.routing, balance_coef)
 
 
 def with_balance(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.sft import SFTOptions
@@ -81,3 +82,7 @@ def run(options, stage: Stage = PRETRAIN) -> Trainer:
 def metrics(trainer: Trainer, key: str = "loss") -> list[float]:
     lines = (trainer.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry[key] for entry in map(json.loads, lines) if key in entry]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return trainer.model.state_dict()

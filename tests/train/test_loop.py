@@ -22,11 +22,7 @@ from minimind.train.checkpoint import list_checkpoints
 from minimind.train.objective import Loss, NextToken
 from minimind.weights import load_model
 
-from .conftest import PRETRAIN, SFT, SIZE, metrics, run, write_jsonl
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return trainer.model.state_dict()
+from .conftest import PRETRAIN, SFT, SIZE, metrics, run, weights, write_jsonl
 
 
 def assert_equal_weights(a, b) -> None:

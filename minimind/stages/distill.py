@@ -1,0 +1,45 @@
+"""White-box distillation: a small student learns from a larger, frozen teacher's probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.config import PRESETS
+from minimind.errors import UserError
+from minimind.flags import flag, parse_flags
+from minimind.paths import DATASET_DIR
+from minimind.stages import SCRIPTS
+from minimind.stages.sft import SFTOptions
+
+
+@dataclass(frozen=True)
+class DistillOptions(SFTOptions):
+    data_path: Path = flag(DATASET_DIR / "sft_mini_512.jsonl", "JSONL file to train on, plain or .gz")
+    teacher_preset: str = flag("base", "size of the teacher, full_sft weights in out_dir", choices=[*PRESETS])
+    teacher_path: Path | None = flag(None, "weight file of another teacher, of any size")
+    alpha: float = flag(0.5, "share of the data's own words in the loss; the rest is the teacher's")
+    temperature: float = flag(2.0, "flattens both distributions before they are compared")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha is {self.alpha}; it must be 0 (teacher alone) to 1 (data alone)")
+        if not 0.01 <= self.temperature <= 100:
+            raise UserError(f"--temperature is {self.temperature}; it must be 0.01 to 100")
+
+    @property
+    def teacher(self) -> Path:
+        return self.teacher_path or self.out_dir / f"full_sft_{PRESETS[self.teacher_preset].name}.pth"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(DistillOptions, argv, __doc__)
+    from minimind.train.distillation import Distillation
+    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+
+    command = f"python {SCRIPTS['full_sft']} --preset {options.teacher_preset}; or give --teacher_path"
+    objective = Distillation(options.teacher, command, options.alpha, options.temperature)
+    starts_from = ("full_sft", "pretrain")
+    return train(Stage("full_dist", "conversation", starts_from, objective), options)
