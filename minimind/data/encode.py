@@ -84,8 +84,16 @@ def _encode_records(
     else:
         conversations = [messages for record in records for messages in (record.chosen, record.rejected)]
     encoded = tokenizer.encode_chat_batch(conversations)
+    if kind == "preference":
+        encoded = [(ids, _last_answer(mask)) for ids, mask in encoded]
     utf8_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
     return [ids for ids, _ in encoded], [mask for _, mask in encoded], utf8_bytes
+
+
+def _last_answer(mask: list[int]) -> list[int]:
+    """`mask` with its last run of ones alone: in a pair, earlier answers belong to the prompt both share."""
+    start = bytes(mask).rstrip(b"\0").rfind(b"\0") + 1
+    return [0] * start + mask[start:]
 
 
 def encode_blocks(
