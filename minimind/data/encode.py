@@ -11,21 +11,25 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import re
 import signal
 import subprocess
 import sys
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 
-from minimind.data.records import BadRecord, Block, Kind, Record, parse_block
+from minimind.data.records import TAG, BadRecord, Block, Kind, Record, parse_block
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
+
+TAG_BYTES = re.compile(TAG.pattern.encode())
 
 
 @dataclass
@@ -33,7 +37,7 @@ class EncodedBlock:
     """The documents of a block, one after the other. A preference pair is two: chosen, then rejected."""
 
     tokens: np.ndarray  # (tokens,) uint16, or uint32 for a vocabulary above 65,536
-    weights: np.ndarray | None  # (tokens,) uint8: 1 on targets, 0 elsewhere; None where all are targets
+    weights: np.ndarray | None  # (tokens,) uint8: 1 on targets, 2 in a tag, else 0; None where all are 1
     lengths: np.ndarray  # (documents,) int64
     lines: np.ndarray  # (documents,) int64, line in the JSONL file, from 1
     fingerprints: np.ndarray  # (documents,) uint32, of the tokens of the whole record
@@ -73,19 +77,21 @@ def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> E
 def _encode_records(
     records: list[Record], kind: Kind, tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[list[int]] | None, int]:
-    """Token ids of every document, their target masks (None for pretraining), the bytes of their texts."""
+    """Token ids of every document, their target weights (None for pretraining), the bytes of their texts."""
     if kind == "pretrain":
         texts = [record.text for record in records]
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         documents = [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
         return documents, None, sum(len(text.encode()) for text in texts)
-    if kind == "conversation":
-        conversations = [record.conversations for record in records]
-    else:
+    if kind == "preference":
         conversations = [messages for record in records for messages in (record.chosen, record.rejected)]
+    else:
+        conversations = [record.conversations for record in records]
     encoded = tokenizer.encode_chat_batch(conversations)
     if kind == "preference":
         encoded = [(ids, _last_answer(mask)) for ids, mask in encoded]
+    elif kind == "reasoning":
+        encoded = [(ids, _mark_tags(ids, mask, tokenizer)) for ids, mask in encoded]
     utf8_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
     return [ids for ids, _ in encoded], [mask for _, mask in encoded], utf8_bytes
 
@@ -94,6 +100,21 @@ def _last_answer(mask: list[int]) -> list[int]:
     """`mask` with its last run of ones alone: in a pair, earlier answers belong to the prompt both share."""
     start = bytes(mask).rstrip(b"\0").rfind(b"\0") + 1
     return [0] * start + mask[start:]
+
+
+def _mark_tags(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> list[int]:
+    """`mask` with a 2 for every token of the answers that holds a byte of a tag.
+
+    Tags are found by their bytes, since a tokenizer may cut them anywhere and join their `>` to what follows.
+    """
+    token_bytes = tokenizer.token_bytes
+    answers = [token_bytes[i] if target else b"" for i, target in zip(ids, mask, strict=True)]
+    ends = list(accumulate(map(len, answers)))
+    marked = list(mask)
+    for tag in TAG_BYTES.finditer(b"".join(answers)):
+        first, last = bisect_right(ends, tag.start()), bisect_left(ends, tag.end())
+        marked[first : last + 1] = [2] * (last + 1 - first)
+    return marked
 
 
 def encode_blocks(

@@ -49,7 +49,7 @@ def prepare(
     """The tokens of a JSONL file (plain or .gz), from the cache if it holds them.
 
     Args:
-        kind: "pretrain", "conversation" or "preference"; see `records` for the formats.
+        kind: "pretrain", "conversation", "reasoning" or "preference"; see `records` for the formats.
         on_bad_record: "stop" raises on the first bad record; "skip" leaves bad records out, says how many
             and lists them in `bad_records.jsonl` in the store's folder. A BOM or Windows line ends stop too,
             but cost no record with "skip".

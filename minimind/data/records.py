@@ -2,6 +2,7 @@
 
     {"text": "…"}                                                       kind "pretrain"
     {"conversations": [{"role": "user", "content": "…"}, …]}            kind "conversation"
+      the same, answers `<think>…</think><answer>…</answer>`            kind "reasoning"
     {"chosen": [{"role": …, "content": …}, …], "rejected": [ … ]}       kind "preference"
 
 A file, plain or gzipped, is read in blocks of whole lines (`read_blocks`), so memory does not grow with it.
@@ -25,7 +26,7 @@ import msgspec
 
 from minimind.errors import UserError
 
-Kind = Literal["pretrain", "conversation", "preference"]
+Kind = Literal["pretrain", "conversation", "reasoning", "preference"]
 OnBadRecord = Literal["stop", "skip"]
 
 BLOCK_BYTES = 1 << 20
@@ -36,6 +37,9 @@ MAX_LINE_BYTES = 2 << 20
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 TOO_LONG = f"longer than {MAX_LINE_BYTES >> 20} MiB; split it into several records"
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # of a reasoning answer, in their order
+TAG = re.compile(f"({'|'.join(TAGS)})")
 
 
 class Message(TypedDict):
@@ -60,6 +64,7 @@ Record = TextRecord | ConversationRecord | PreferenceRecord
 _DECODERS = {
     "pretrain": msgspec.json.Decoder(TextRecord),
     "conversation": msgspec.json.Decoder(ConversationRecord),
+    "reasoning": msgspec.json.Decoder(ConversationRecord),
     "preference": msgspec.json.Decoder(PreferenceRecord),
 }
 
@@ -227,10 +232,12 @@ def parse_line(line: bytes, kind: Kind) -> Record:
     if kind == "pretrain":
         if not record.text or record.text.isspace():
             raise InvalidLine("text", "empty")
-    elif kind == "conversation":
-        _check_messages("conversations", record.conversations)
-    else:
+    elif kind == "preference":
         _check_pair(record)
+    else:
+        _check_messages("conversations", record.conversations)
+        if kind == "reasoning":
+            _check_reasoning(record.conversations)
     return record
 
 
@@ -272,6 +279,24 @@ def _check_messages(field: str, messages: list[Message]) -> None:
             raise InvalidLine(f"{field}[{i}].content", "empty")
     if not messages or messages[-1]["role"] != "assistant":
         raise InvalidLine(field, "does not end with an answer of the assistant")
+
+
+def _check_reasoning(messages: list[Message]) -> None:
+    """Every answer has its four tags once and in order, and nothing but white space around them.
+
+    There may be no thinking, as for questions that need none, but never no answer.
+    """
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        field = f"conversations[{i}].content"
+        # before, tag, thinking, tag, between, tag, answer, tag, after
+        pieces = TAG.split(message["content"])
+        if pieces[1::2] != TAGS or "".join(pieces[::4]).strip():
+            reason = "is not <think>…</think> and <answer>…</answer>, once each, as reasoning is"
+            raise InvalidLine(field, reason)
+        if not pieces[6].strip():
+            raise InvalidLine(field, "nothing between <answer> and </answer>")
 
 
 def _check_pair(record: PreferenceRecord) -> None:

@@ -130,6 +130,32 @@ def test_a_preference_pair_is_two_documents(write_lines, tokenizer):
     assert a == b != c == d
 
 
+THOUGHT = "<think>\nI think of <b>1</b> answer, 想.\n</think>\n<answer>\nanswer<a>\n</answer>"
+TERSE = "<think></think><answer>2</answer>\n"
+
+
+@pytest.mark.parametrize("name", ["shipped", "minimind2"])
+def test_tags_of_reasoning_are_a_class_of_their_own(write_lines, shared_data, name):
+    """Also where a tokenizer joins a tag's `>` to the newline, or cuts `think` in two."""
+    tokenizer = Tokenizer.load(None if name == "shipped" else shared_data / "minimind2_tokenizer")
+    asked = {"role": "user", "content": "<think> </answer>"}
+    answers = [{"role": "assistant", "content": content} for content in (THOUGHT, TERSE)]
+    messages = [{**asked, "role": "system"}, asked, answers[0], asked, answers[1]]
+    store = prepare(write_lines({"conversations": messages}), "reasoning", tokenizer, num_workers=0)
+
+    ids, mask = tokenizer.encode_chat(messages)
+    assert store.tokens.tolist() == ids
+    texts = THOUGHT + TERSE
+    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+        texts = texts.replace(tag, "\0" * len(tag))
+    rest = texts.encode()
+    for token, target, weight in zip(ids, mask, store.weights, strict=True):
+        length = len(tokenizer.token_bytes[token]) * target
+        assert weight == (2 if b"\0" in rest[:length] else target)
+        rest = rest[length:]
+    assert rest == b""
+
+
 def test_a_large_vocabulary_takes_four_bytes(write_lines, tokenizer):
     class Large(Tokenizer):
         vocab_size = 70_000

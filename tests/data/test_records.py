@@ -32,9 +32,11 @@ def conversation(*messages: object) -> dict:
 GOOD = {
     "pretrain": {"text": "床前明月光"},
     "conversation": conversation(user(), assistant()),
+    "reasoning": conversation(user(), assistant("<think>\n算\n</think>\n<answer>\n2\n</answer>")),
     "preference": {"chosen": [user(), assistant("好")], "rejected": [user(), assistant("坏")]},
 }
 
+NOT_REASONING = "is not <think>…</think> and <answer>…</answer>, once each, as reasoning is"
 BAD = [
     # kind, line, field, reason
     ("pretrain", b'{"text": "a"', "line", "broken JSON: Expecting ',' delimiter at column 13"),
@@ -98,6 +100,31 @@ BAD = [
     ("conversation", conversation(user(" "), assistant()), "conversations[0].content", "empty"),
     ("conversation", conversation(user(), assistant("")), "conversations[1].content", "empty"),
     ("conversation", conversation(system(""), user(), assistant()), "conversations[0].content", "empty"),
+    ("reasoning", conversation(user(), assistant("")), "conversations[1].content", "empty"),
+    *(
+        ("reasoning", conversation(user(), assistant(answer)), "conversations[1].content", reason)
+        for answer, reason in [
+            ("2", NOT_REASONING),
+            ("<answer>2</answer>", NOT_REASONING),
+            ("<think>1</think>2", NOT_REASONING),
+            ("<think>1</think><answer>2", NOT_REASONING),
+            ("<answer>2</answer><think>1</think>", NOT_REASONING),
+            ("<think>1<answer>2</answer></think>", NOT_REASONING),
+            ("<think>1</think><think>1</think><answer>2</answer>", NOT_REASONING),
+            ("<think>1</think><answer>2</answer>\n<answer>2</answer>", NOT_REASONING),
+            ("So: <think>1</think><answer>2</answer>", NOT_REASONING),
+            ("<think>1</think>so<answer>2</answer>", NOT_REASONING),
+            ("<think>1</think><answer>2</answer>.", NOT_REASONING),
+            ("<THINK>1</THINK><answer>2</answer>", NOT_REASONING),
+            ("<think>1</think><answer>\n</answer>", "nothing between <answer> and </answer>"),
+        ]
+    ),
+    (
+        "reasoning",
+        conversation(user(), assistant("<think></think><answer>2</answer>"), user(), assistant("3")),
+        "conversations[3].content",
+        NOT_REASONING,
+    ),
     ("preference", {"chosen": [user(), assistant()]}, "rejected", "missing"),
     (
         "preference",
@@ -159,6 +186,20 @@ def test_good_records_come_typed_and_in_order(write_lines):
     turns = conversation(system(), user("a"), assistant("b"), user("c"), assistant("d"))
     [(_, record)] = read_records(write_lines(turns), "conversation")
     assert record.conversations == turns["conversations"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<think>1</think><answer>2</answer>",
+        " \n<think>\n1 < 2, <b>think</b>\n</think>\u3000\n<answer>\nanswer\n</answer>\n\n",
+        "<think>\n</think><answer>2</answer>",
+    ],
+)
+def test_reasoning_may_have_white_space_around_its_tags_and_no_thoughts(write_lines, answer):
+    record = conversation(system(), user("<think>"), assistant(answer), user("</think>"), assistant(answer))
+    [(_, read)] = read_records(write_lines(record), "reasoning")
+    assert read.conversations == record["conversations"]
 
 
 def test_a_pair_of_surrogates_and_an_escaped_nul_are_text(write_lines):
@@ -273,7 +314,7 @@ def test_files_that_cannot_be_read(tmp_path, write_lines):
     [
         ("sft_mini_512", "conversation", 2381),
         ("lora_identity", "conversation", 91),
-        ("r1_mix_1024", "conversation", 1319),
+        ("r1_mix_1024", "reasoning", 1319),
         ("dpo", "preference", 300),
         ("pretrain_val", "pretrain", 660),
     ],
