@@ -21,6 +21,7 @@ import torch
 
 from minimind.data.packing import Packing, make_segments
 from minimind.data.store import TokenStore
+from minimind.errors import UserError
 
 T = TypeVar("T")
 
@@ -156,10 +157,18 @@ class PairDataset(PackedDataset):
     Attributes:
         reference: (pairs of the store, 2) float32, the log-probability of each chosen and rejected answer
             under the model that training starts from; NaN until somebody has worked it out.
+
+    Raises: UserError when an answer has no target, which can happen with another tokenizer's chat template.
     """
 
     def __init__(self, store: TokenStore, max_seq_len: int, **arguments):
         super().__init__(store, max_seq_len, **arguments)
+        has_target = np.logical_or.reduceat(store.weights, store.offsets[:-1])  # (documents,)
+        if not has_target.all():
+            raise UserError(
+                f"{store.meta['source']}:{store.lines[has_target.argmin()]}: the chat template in "
+                "--tokenizer_path leaves out an answer of this pair; mend it, or use the shipped tokenizer"
+            )
         self.reference = torch.full((store.num_documents // 2, 2), torch.nan)
 
     def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> PairBatch:

@@ -1,0 +1,36 @@
+"""Direct preference optimisation: learn which of two answers people like better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.errors import UserError
+from minimind.flags import flag, parse_flags
+from minimind.paths import DATASET_DIR
+from minimind.train.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class DPOOptions(TrainOptions):
+    data_path: Path = flag(DATASET_DIR / "dpo.jsonl", "JSONL file to train on, plain or .gz")
+    max_seq_len: int = flag(2048, "length of a row in tokens; both answers of a pair must fit into one")
+    batch_size: int = flag(4, "rows in one forward and backward pass of one device")
+    accumulation_steps: int = flag(4, "passes that make up one optimizer step")
+    beta: float = flag(0.1, "how dearly the model pays for leaving the one it starts from")
+    length_normalised: bool = flag(False, "compare answers by their mean log-probability, as MiniMind2 did")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta < float("inf"):  # refuses NaN too
+            raise UserError(f"--beta is {self.beta}; it must be above 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(DPOOptions, argv, __doc__)
+    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+    from minimind.train.preference import Preference
+
+    objective = Preference(options.beta, options.length_normalised)
+    return train(Stage("rlhf", "preference", starts_from=("full_sft",), objective=objective), options)

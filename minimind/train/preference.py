@@ -1,0 +1,151 @@
+"""Direct preference optimisation (DPO): from pairs of answers, learn to give the better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.data.batches import PairBatch, PairDataset
+from minimind.errors import UserError
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+from minimind.train.losses import AtTargets, at_targets
+from minimind.train.objective import Loss, Objective, with_balance
+from minimind.train.parallel import Parallel
+
+
+class Preference(Objective):
+    """Raise the log-probability of chosen answers above that of rejected ones, against a reference model.
+
+    Rafailov et al. 2023, arXiv:2305.18290. The reference is the model that training starts from. What it
+    says does not change, so it is asked once, before the first step, and is not needed again.
+
+    Args:
+        beta: how dearly the model pays for leaving the reference; the paper's β.
+        length_normalised: compare log-probabilities per token of an answer, not those of whole answers.
+    """
+
+    def __init__(self, beta: float, length_normalised: bool = False) -> None:
+        self.beta, self.length_normalised = beta, length_normalised
+
+    def begin(
+        self, model: MiniMind, datasets: list[PairDataset], parallel: Parallel, batch_size: int
+    ) -> None:
+        """Work out `reference` of `datasets`. It stays 0 for pairs that are in no row."""
+        if parallel.is_main:
+            print("scoring all pairs with the starting weights, once, to measure against them", flush=True)
+        for data in datasets:
+            reference = torch.zeros(data.reference.shape, device=parallel.device)
+            for batch, targets in at_pairs(model, data, parallel, batch_size):
+                reference[batch.pairs] = self.answer_logps(targets, batch)
+            data.reference = parallel.sum(reference).cpu()
+
+    def state_dict(self, datasets: list[PairDataset]) -> dict[str, Any]:
+        return {"contents": contents(datasets), "references": [data.reference for data in datasets]}
+
+    def load_state_dict(self, state: dict[str, Any], datasets: list[PairDataset]) -> None:
+        """Raises: UserError when the checkpoint was made with other pairs to evaluate on."""
+        if state["contents"] != contents(datasets):
+            raise UserError("the checkpoint was made with another --eval_path; resume with the same")
+        for data, reference in zip(datasets, state["references"], strict=True):
+            data.reference = reference
+
+    def loss(self, model: MiniMind, batch: PairBatch, balance_coef: float) -> Loss:
+        targets = at_targets(model, batch)
+        losses, rewards = dpo_loss(self.answer_logps(targets, batch), batch.reference, self.beta)
+        chosen, rejected = rewards.detach().unbind(dim=1)
+        metrics = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+        }
+        pairs = max(len(batch.pairs), 1)  # a process may have none
+        metrics = {name: values.sum() / pairs for name, values in metrics.items()}
+        return with_balance(losses.sum(), metrics, batch, targets.routing, balance_coef)
+
+    def evaluate(
+        self,
+        model: MiniMind,
+        data: PairDataset,
+        tokenizer: Tokenizer,
+        parallel: Parallel,
+        batch_size: int,
+        max_rows: int | None,
+    ) -> dict[str, float]:
+        """As `Objective.evaluate`, with bits per byte of the chosen answers. Those must not get much worse:
+        a margin can also be had by making both answers unlikely, the rejected one more."""
+        bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=parallel.device)
+        for batch, targets in at_pairs(model, data, parallel, batch_size, max_rows):
+            logps = self.answer_logps(targets, batch)
+            losses, rewards = dpo_loss(logps, batch.reference, self.beta)
+            margins = rewards[:, 0] - rewards[:, 1]
+            is_chosen = batch.sides % 2 == 0  # (M,)
+            values = [
+                torch.ones_like(losses),
+                losses,
+                logps[:, 0] > logps[:, 1],
+                margins > 0,
+                margins,
+                targets.nll[is_chosen],
+                bytes_of[targets.labels[is_chosen]],
+            ]
+            sums += torch.stack([value.sum().double() for value in values])
+        pairs, loss, preferred, moved, margin, nats, num_bytes = parallel.sum(sums).tolist()
+        return {
+            "eval_loss": loss / pairs,
+            "eval_accuracy": preferred / pairs,
+            "eval_reward_accuracy": moved / pairs,
+            "eval_margin": margin / pairs,
+            "eval_bpb": nats / math.log(2) / num_bytes,
+        }
+
+    def answer_logps(self, targets: AtTargets, batch: PairBatch) -> Tensor:
+        """log π(answer | prompt) of the chosen and the rejected answers (P, 2), in fp32.
+
+        A sum over the tokens of the answer, or their mean where lengths are to be normalised.
+        """
+        answers = 2 * len(batch.pairs)
+        logps = targets.nll.new_zeros(answers).index_add(0, batch.sides, -targets.nll)
+        if self.length_normalised:
+            logps = logps / batch.sides.bincount(minlength=answers)
+        return logps.view(-1, 2)
+
+
+def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The loss (P,) of P pairs, and the rewards (P, 2) that it implies for their answers.
+
+    -log σ(β (log π(c)/π_ref(c) - log π(r)/π_ref(r))), equation 7 of arXiv:2305.18290.
+
+    Args: logps, reference: (P, 2) log-probabilities of chosen and rejected answers.
+    """
+    rewards = beta * (logps - reference)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
+
+
+@torch.no_grad()
+def at_pairs(
+    model: MiniMind, data: PairDataset, parallel: Parallel, batch_size: int, max_rows: int | None = None
+) -> Iterator[tuple[PairBatch, AtTargets]]:
+    """This process's share of the first `max_rows` rows of `data`, and what `model` says there."""
+    rows = min(data.num_rows, max_rows or data.num_rows)
+    was_training = model.training
+    model.eval()
+    for start in range(parallel.rank * batch_size, rows, parallel.world_size * batch_size):
+        count = min(batch_size, rows - start)
+        batch = data.batch(0, start, count, min_rows=batch_size).to(parallel.device)
+        with parallel.autocast():
+            targets = at_targets(model, batch)
+        yield batch, targets
+    model.train(was_training)
+
+
+def contents(datasets: list[PairDataset]) -> list[str]:
+    """Which files the pairs are from."""
+    return [data.store.meta["content_sha256"] for data in datasets]
