@@ -1,0 +1,12 @@
+"""`python train_lora.py` — see minimind/stages/lora.py for the stage and `--help` for its flags."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works without installing the package
+
+from minimind.errors import run_cli
+from minimind.stages.lora import main
+
+if __name__ == "__main__":
+    run_cli(main)
