@@ -49,10 +49,13 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for one field."""
     if isinstance(hint, types.UnionType):  # `int | None`: None is only a default
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    shown = "" if item.default in (None, "") else f" (default: {item.default})"
+    default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+    shown = "" if default in (None, "") else f" (default: {default})"
     arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
+    if typing.get_origin(hint) is tuple:  # `--lora_name first second`
+        return arguments | {"nargs": "+", "metavar": "NAME"}
     if item.metadata["choices"]:
         return arguments | {"choices": item.metadata["choices"]}
     return arguments | {"type": hint, "metavar": "PATH" if hint is Path else hint.__name__.upper()}
