@@ -1,7 +1,8 @@
 """R1-style reasoning distillation: learn to think in `<think>…</think>` before an `<answer>…</answer>`.
 
 The answers were written by a larger reasoning model, DeepSeek-R1 for one (arXiv:2501.12948, 2.4), so this is
-fine-tuning. A small model easily forgets the tags: their tokens weigh more in the loss than the others.
+fine-tuning. A small model easily forgets the tags: their tokens weigh more in the training loss (and in its
+mean) than the others. Scores on held-out data weigh all alike, so the two do not compare.
 """
 
 from __future__ import annotations

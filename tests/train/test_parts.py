@@ -168,7 +168,7 @@ SEED_FLAGS = (
 )
 
 
-@pytest.mark.parametrize("script", ["train_pretrain", "train_full_sft"])
+@pytest.mark.parametrize("script", ["train_pretrain", "train_full_sft", "train_distill_reason"])
 def test_scripts_know_the_seeds_flags_and_answer_help_at_once(script, tmp_path):
     began = time.monotonic()
     done = subprocess.run(
