@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind.chat import cli, generate
+from minimind.chat import cli, generate, questions
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
+from minimind.lora import attach, save_lora
 from minimind.model import MiniMind
 from minimind.paths import ROOT
 from minimind.tokenizer import Tokenizer
@@ -31,12 +32,25 @@ def save_random(path: Path, **shape) -> None:
     save_weights(model, path)
 
 
+def save_adapter(path: Path) -> None:
+    """For the model of `full_sft_64.pth`."""
+    model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=2))
+    attach(model, rank=2)
+    for name, parameter in model.named_parameters():
+        if ".lora." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_lora(model, path)
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Weights of stages 0 and 1. Names give the shape that `find_weights` looks for."""
+    """Weights of all stages. Names give the shape that `find_weights` looks for."""
     folder = tmp_path_factory.mktemp("out")
-    save_random(folder / "pretrain_64.pth")
+    for stage in ("pretrain", "rlhf", "reason", "full_dist"):
+        save_random(folder / f"{stage}_64.pth")
     save_random(folder / "full_sft_64.pth", num_hidden_layers=2)
+    for name in ("lora_medical", "my_identity"):
+        save_adapter(folder / "lora" / f"{name}_64.pth")
     return folder
 
 
@@ -117,14 +131,16 @@ def test_answers_stand_on_lines_of_their_own(out, capsys, monkeypatch):
     assert capsys.readouterr().out == "甲\n乙 b\n"
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-def test_the_mode_chooses_weights_and_prompt(out, capsys, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "stage"), [(0, "pretrain"), (1, "full_sft"), (2, "rlhf"), (3, "reason"), (4, "full_dist")]
+)
+def test_the_mode_chooses_weights_and_prompt(out, capsys, monkeypatch, mode, stage):
     prompts = say(monkeypatch, [])
     cli.main(["--out_dir", str(out), "--device", "cpu", "--model_mode", str(mode), "--prompt", "长城"])
     tokenizer = Tokenizer.load()
     chat = tokenizer.encode_chat([{"role": "user", "content": "长城"}], add_generation_prompt=True)[0]
     assert prompts == [[1, *tokenizer.encode("长城")] if mode == 0 else chat]
-    assert ("pretrain_64.pth" if mode == 0 else "full_sft_64.pth") in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"{stage}_64.pth, ")
 
 
 def test_characters_are_printed_whole(out, monkeypatch):
@@ -162,11 +178,30 @@ def test_ctrl_c_ends_a_script(out, monkeypatch):
         cli.main(["--out_dir", str(out), "--device", "cpu", "--prompt", "一"])
 
 
-@pytest.mark.parametrize(("mode", "texts"), [("0", cli.BEGINNINGS), ("1", cli.QUESTIONS)])
-def test_the_automatic_test_asks_what_suits_the_mode(talk, mode, texts):
-    printed = talk("0\n", "--model_mode", mode)
-    assert all(text in printed for text in texts)
+MEDICAL, IDENTITY = questions.ABOUT["medical"], questions.ABOUT["identity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--model_mode", "0"], questions.BEGINNINGS),
+        ([], questions.GENERAL),
+        (["--model_mode", "3"], questions.WORD_PROBLEMS),
+        (["--lora_name", "lora_medical"], MEDICAL),
+        (["--lora_name", "my_identity", "lora_medical"], MEDICAL + IDENTITY),
+    ],
+)
+def test_the_automatic_test_asks_what_suits_the_model(talk, arguments, texts):
+    printed = talk("0\n", *arguments)
+    assert [
+        line[len("你 / you> ") :] for line in printed.splitlines() if line.startswith("你 / you> ")
+    ] == texts
     assert printed.count("tokens/s") == len(texts)
+
+
+def test_a_reasoning_model_with_an_adapter_is_asked_about_what_that_learnt():
+    assert questions.questions_for("reason", ["lora_medical"]) == MEDICAL
+    assert questions.questions_for("reason", ["poems"]) == questions.WORD_PROBLEMS
 
 
 @pytest.mark.parametrize("typed", ["", "1\n", "1"])
@@ -208,18 +243,14 @@ def refused(*arguments: str) -> str:
     return str(caught.value)
 
 
-def test_missing_weights_name_the_command_that_makes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    out = ["--out_dir", str(tmp_path)]
-    message = refused(*out, "--model_mode", "2")
-    assert "no rlhf weights" in message
-    assert "python trainer/train_dpo.py" in message
-    assert cli.NOT_YET in message
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer/train_full_sft.py").touch()
-    message = refused(*out, "--hidden_size", "768")
+def test_missing_weights_name_the_command_that_makes_them(tmp_path):
+    message = refused("--out_dir", str(tmp_path), "--model_mode", "2")
+    assert message.endswith(
+        f"no rlhf weights; make them with: python trainer/train_dpo.py --out_dir {tmp_path}"
+    )
+    message = refused("--out_dir", str(tmp_path), "--hidden_size", "768")
     command = f"python trainer/train_full_sft.py --hidden_size 768 --out_dir {tmp_path}"
-    assert message.endswith(f"make them with: {command}")
+    assert message.endswith(f"no full_sft weights of the shape asked for; make them with: {command}")
 
 
 def test_weights_of_another_shape_are_refused_with_both_sizes(out, tmp_path):
@@ -263,7 +294,9 @@ def test_damaged_or_diverged_weights_are_refused(tmp_path):
         (["--device", "toaster"], "--device toaster"),
         (["--device", "meta"], "--device meta"),
         (["--load", "1"], "--load 1"),
-        (["--lora_name", "lora_medical"], "lora_medical"),
+        (["--lora_name", "lora_medical", "--model_mode", "0"], "--model_mode 1 to 4"),
+        (["--lora_name", "lora_medical", "poems"], "lora/poems_64.pth (for this model there are: lora_med"),
+        (["--lora_name", "lora_medical", "--model_mode", "2"], "lora_medical_64.pth adapts model.layers.1."),
         (["--tokenizer_path", "/no/such/folder"], "/no/such/folder"),
     ],
 )
@@ -272,7 +305,7 @@ def test_wrong_values_are_named(out, arguments, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model_mode", "4"], ["--use_moe", "maybe"], ["--preset", "huge"], ["--top_p", "much"]]
+    "arguments", [["--model_mode", "5"], ["--use_moe", "maybe"], ["--preset", "huge"], ["--top_p", "much"]]
 )
 def test_wrong_words_leave_with_a_code(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -290,5 +323,55 @@ def test_use_moe_means_what_it_says(arguments, meant):
     assert cli.argument_parser().parse_args(arguments).use_moe is meant
 
 
+def answer_of(capsys, out: Path, *arguments: str) -> pytest.CaptureResult[str]:
+    assert cli.main(["--out_dir", str(out), *SHORT, "--temperature", "0", "--prompt", "一", *arguments]) == 0
+    return capsys.readouterr()
+
+
+def test_adapters_are_named_and_change_the_answer(out, capsys):
+    plain = answer_of(capsys, out)
+    medical = answer_of(capsys, out, "--lora_name", "lora_medical")
+    both = answer_of(capsys, out, "--lora_name", "lora_medical", "my_identity")
+    assert len({plain.out, medical.out, both.out}) == 3
+    assert both.err.startswith("full_sft_64.pth + lora_medical + my_identity, ")
+
+
 def test_lora_none_is_the_seeds_word_for_no_adapter(out, capsys):
-    assert cli.main(["--out_dir", str(out), *SHORT, "--prompt", "一", "--lora_name", "None"]) == 0
+    plain = answer_of(capsys, out)
+    none = answer_of(capsys, out, "--lora_name", "None")
+    assert none.out == plain.out
+    assert none.err.startswith("full_sft_64.pth, ")
+
+
+REASONED = "<think>\n1+1\n</think>\n<answer>\n2\n</answer>"
+
+
+def test_thoughts_and_answer_have_headings_in_a_talk(talk, monkeypatch):
+    say(monkeypatch, bytes_as_tokens(REASONED), bytes_as_tokens("2"))
+    printed = talk("1\n一\n二\n", "--model_mode", "3")
+    assert "MiniMind> 思考 / thinking:\n1+1\n回答 / answer:\n2\n[" in printed
+    assert "MiniMind> 回答 / answer:\n2\n[" in printed
+
+
+def test_thoughts_are_dim_on_a_terminal(talk, monkeypatch):
+    say(monkeypatch, Tokenizer.load().encode(REASONED))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    printed = talk("1\n一\n", "--model_mode", "3")
+    assert "\x1b[2m1\x1b[0m\x1b[2m+\x1b[0m\x1b[2m1\x1b[0m\n回答 / answer:\n2\n[" in printed
+
+
+def test_a_script_gets_the_answer_without_the_thoughts(out, capsys, monkeypatch):
+    say(monkeypatch, bytes_as_tokens(REASONED), bytes_as_tokens("<think>1+1"))
+    arguments = ["--out_dir", str(out), "--device", "cpu", "--model_mode", "3"]
+    cli.main([*arguments, "--prompt", "一", "--prompt", "二"])
+    printed = capsys.readouterr()
+    assert printed.out == "2\n"
+    assert "思考 / thinking:\n1+1\n回答 / answer:\n[" in printed.err
+    assert "思考 / thinking:\n1+1\n[10 tokens" in printed.err
+
+
+def test_thinking_that_is_stopped_is_kept_for_the_next_question(talk, monkeypatch):
+    prompts = say(monkeypatch, bytes_as_tokens(REASONED), KeyboardInterrupt, [])
+    printed = talk("1\n一\n二\n三\n", "--model_mode", "3", "--history_cnt", "4")
+    assert "停\n[1 tokens" in printed
+    assert REASONED in Tokenizer.load().decode(prompts[2])
