@@ -7,8 +7,8 @@ BIN := .venv/bin
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ —/'
 
-demo: .venv/ready  ## train a small model on this machine's CPU and talk to it (about 10 minutes)
-	$(BIN)/python -m minimind.demo
+demo: .venv/ready  ## train a small model on this machine's CPU and talk to it (about 10 minutes; STAGES=all: half an hour)
+	$(BIN)/python -m minimind.demo --stages=$(or $(STAGES),base)
 
 test: .venv/ready-dev  ## run the test suite
 	$(BIN)/python -m pytest

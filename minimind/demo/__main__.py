@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from minimind.chat.options import SamplingOptions
-from minimind.demo.data import DemoData, write_demo_data
+from minimind.demo.data import write_demo_data
 from minimind.demo.measure import measure, metrics_table
+from minimind.demo.run import answerer, run_script
+from minimind.demo.stages import other_stages
 from minimind.environment import environment
 from minimind.errors import run_cli
 from minimind.evaluate.report import write_report
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, OUT_DIR, ROOT
+
+T = TypeVar("T")
 
 TRAINING = "--preset=tiny --max_seq_len=256 --batch_size=16 --accumulation_steps=1 --log_interval=25".split()
 PRETRAIN = "--epochs=1 --learning_rate=0.005".split()
@@ -33,8 +35,12 @@ CONVERSATION = (
 )
 
 
+STAGES = ("base", "all")
+
+
 @dataclass(frozen=True)
 class DemoOptions:
+    stages: str = flag("base", "base: pretraining and fine-tuning; all: the other four too", choices=STAGES)
     data_dir: Path = flag(DATASET_DIR / "demo", "folder the data is written to")
     out_dir: Path = flag(OUT_DIR / "demo", "folder of the weights and the report")
 
@@ -45,33 +51,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     seconds: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[], object]) -> object:
-        console.rule(name)
+    def timed(name: str, work: Callable[[], T]) -> T:
+        console.rule(f"{len(seconds) + 1}/{8 if options.stages == 'all' else 4} {name}")
         start = time.perf_counter()
         result = work()
         seconds[name] = time.perf_counter() - start
         return result
 
-    data: DemoData = timed("1/4 data", lambda: write_demo_data(options.data_dir))
+    data = timed("data", lambda: write_demo_data(options.data_dir))
     console.print("records: " + ", ".join(f"{name} {count:,}" for name, count in data.records.items()))
     out = [f"--out_dir={options.out_dir}", *TRAINING]
     timed(
-        "2/4 pretraining",
-        lambda: stage(
+        "pretraining",
+        lambda: run_script(
             console,
             "train_pretrain.py",
             [f"--data_path={data.pretrain}", f"--eval_path={data.pretrain_val}", *out, *PRETRAIN],
         ),
     )
     timed(
-        "3/4 fine-tuning",
-        lambda: stage(console, "train_full_sft.py", [f"--data_path={data.sft}", *out, *SFT]),
+        "fine-tuning",
+        lambda: run_script(console, "train_full_sft.py", [f"--data_path={data.sft}", *out, *SFT]),
     )
 
     answer = answerer(options.out_dir / "full_sft_256.pth")
-    metrics = timed("4/4 measuring", lambda: measure(answer, data))
+    metrics = timed("measuring", lambda: measure(answer, data))
     asked = [*CONVERSATION, *(question.question for question in data.idioms[:2])]
     samples = list(zip(asked, answer(asked), strict=True))
+    runs = [
+        (name, options.out_dir / "runs" / f"{stem}_256" / "metrics.jsonl")
+        for name, stem in (("Pretraining", "pretrain"), ("Fine-tuning", "full_sft"))
+    ]
+    if options.stages == "all":
+        more = other_stages(console, data, options.out_dir, timed)
+        metrics, samples, runs = metrics + more.metrics, samples + more.samples, runs + more.runs
     for question, reply in samples:
         console.print(f"[bold]👤 {question}[/]")
         console.print(f"🤖 {reply}\n", markup=False)
@@ -79,17 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process; they follow each other
     peak = max(resource.getrusage(w).ru_maxrss for w in who) / 1024**2
-    cost = {f"{name.split(' ')[1]}": f"{value:.0f} s" for name, value in seconds.items()}
+    cost = {name: f"{value:.0f} s" for name, value in seconds.items()}
     cost |= {"all": f"{(time.perf_counter() - began) / 60:.1f} min", "peak memory": f"{peak:.2f} GB"}
     console.print("took: " + ", ".join(f"{name} {value}" for name, value in cost.items()))
     report = options.out_dir / "report.html"
     write_report(
         report,
         title="MiniMind demo",
-        runs=[
-            (name, options.out_dir / "runs" / f"{stem}_256" / "metrics.jsonl")
-            for name, stem in (("Pretraining", "pretrain"), ("Fine-tuning", "full_sft"))
-        ],
+        runs=runs,
         metrics=metrics,
         samples=samples,
         environment=environment(),
@@ -100,34 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"  .venv/bin/python eval_model.py --model_mode 1 --out_dir {shown}   # talk to it")
     console.print("  .venv/bin/python trainer/train_pretrain.py --help            # train on your own text")
     return 0
-
-
-def stage(console: Console, script: str, argv: list[str]) -> None:
-    """Run a training script, showing the command: what the demo does is what a person would type."""
-    console.print(f"[dim]$ python trainer/{script} {' '.join(argv)}[/]")
-    code = subprocess.run([sys.executable, ROOT / "trainer" / script, *argv], check=False).returncode
-    if code:
-        raise SystemExit(code)
-
-
-def answerer(weights: Path) -> Callable[[list[str]], list[str]]:
-    """A function that answers a batch of questions greedily with the model in `weights`."""
-    from minimind.chat.generate import generate_batch
-    from minimind.tokenizer import Tokenizer
-    from minimind.weights import load_model
-
-    tokenizer = Tokenizer.load()
-    model = load_model(weights, "make demo").eval()
-    sampling = replace(SamplingOptions(), temperature=0.0, max_new_tokens=120)
-
-    def answer(questions: list[str]) -> list[str]:
-        prompts = [
-            tokenizer.encode_chat([{"role": "user", "content": q}], add_generation_prompt=True)[0]
-            for q in questions
-        ]
-        return [tokenizer.decode(ids) for ids in generate_batch(model, prompts, sampling)]
-
-    return answer
 
 
 if __name__ == "__main__":

@@ -105,40 +105,40 @@ def write_demo_data(out_dir: Path, *, sources: Sources | None = None, seed: int 
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     sources = sources or read_sources(out_dir / ".downloads")
-    held_out, problems = _split_problems(_rng(seed, "pairs"))
-    taught, others = _split_idioms(sources.idioms, _rng(seed, "idioms"))
+    held_out, problems = split_problems(random_generator(seed, "pairs"))
+    taught, others = _split_idioms(sources.idioms, random_generator(seed, "idioms"))
     small_talk = [talk for talk in sources.small_talk if not _speaks_of_itself(talk)]
 
     texts = [
-        *_arithmetic_texts(problems, _rng(seed, "pretrain arithmetic")),
+        *_arithmetic_texts(problems, random_generator(seed, "pretrain arithmetic")),
         *_idiom_texts(taught, others),
         *(p for chapter in sources.novel[:PRETRAIN_CHAPTERS] for p in passages(chapter, PASSAGE_LENGTH)),
         *("\n".join(conversation) for conversation in small_talk),
     ]
     validation = list(_validation_texts(sources.novel[PRETRAIN_CHAPTERS:], others[PRETRAIN_IDIOMS:]))
-    idiom_chats, idiom_questions = _teach_idioms(taught, _rng(seed, "phrasings"))
+    idiom_chats, idiom_questions = _teach_idioms(taught, random_generator(seed, "phrasings"))
     chats = [
-        *_arithmetic_chats(problems, _rng(seed, "sft arithmetic")),
+        *_arithmetic_chats(problems, random_generator(seed, "sft arithmetic")),
         *idiom_chats,
         *_identity_chats(),
         *_small_talk_chats(small_talk) * SMALL_TALK_REPEATS,
     ]
-    _rng(seed, "order of texts").shuffle(texts)
-    chats = _with_second_turns(chats, _rng(seed, "order of chats"))
+    random_generator(seed, "order of texts").shuffle(texts)
+    chats = _with_second_turns(chats, random_generator(seed, "order of chats"))
     _assert_held_out(held_out, texts, chats)
 
     questions = {
-        "arithmetic": _arithmetic_questions(held_out, _rng(seed, "eval arithmetic")),
+        "arithmetic": _arithmetic_questions(held_out, random_generator(seed, "eval arithmetic")),
         "identity": [Question(question, "MiniMind") for question in phrases.HELD_OUT_NAME_QUESTIONS],
         "idioms": idiom_questions,
     }
     files = {
         "pretrain.jsonl": [{"text": text} for text in texts],
         "pretrain_val.jsonl": [{"text": text} for text in validation],
-        "sft.jsonl": [{"conversations": _messages(chat)} for chat in chats],
+        "sft.jsonl": [{"conversations": messages(chat)} for chat in chats],
     } | {f"eval_{name}.jsonl": [q._asdict() for q in asked] for name, asked in questions.items()}
     for name, records in files.items():
-        _write_jsonl(out_dir / name, records)
+        write_jsonl(out_dir / name, records)
     return DemoData(
         pretrain=out_dir / "pretrain.jsonl",
         pretrain_val=out_dir / "pretrain_val.jsonl",
@@ -151,7 +151,7 @@ def write_demo_data(out_dir: Path, *, sources: Sources | None = None, seed: int 
 # Arithmetic
 
 
-def _split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
+def split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
     """Held-out and training problems; both operations and both orders of a pair fall on the same side."""
     pairs = list(combinations_with_replacement(range(10, 100), 2))
     rng.shuffle(pairs)
@@ -330,16 +330,16 @@ def bare(text: str) -> str:
     return re.sub(r"[\W_]", "", text.lower())
 
 
-def _messages(chat: list[str]) -> list[dict[str, str]]:
+def messages(chat: list[str]) -> list[dict[str, str]]:
     return [
         {"role": "assistant" if turn % 2 else "user", "content": content} for turn, content in enumerate(chat)
     ]
 
 
-def _rng(seed: int, part: str) -> random.Random:
+def random_generator(seed: int, part: str) -> random.Random:
     """A generator for one part, so that changing the size of another part leaves this one as it was."""
     return random.Random(f"{seed} {part}")
 
 
-def _write_jsonl(path: Path, records: list[dict]) -> None:
+def write_jsonl(path: Path, records: list[dict]) -> None:
     path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))

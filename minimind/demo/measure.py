@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
@@ -26,12 +26,8 @@ def measure(answer: Callable[[list[str]], list[str]], data: DemoData) -> list[Me
         data: what `write_demo_data` returned.
     """
 
-    def ask(questions: list[Question], score: Callable[[str, str], float]) -> list[Example]:
-        answers = answer([q.question for q in questions])
-        return [
-            Example(q.question, text, q.answer, float(score(text, q.answer)))
-            for q, text in zip(questions, answers, strict=True)
-        ]
+    def ask(questions: list[Question], scored: Callable[[str, str], float]) -> list[Example]:
+        return score(questions, answer([q.question for q in questions]), scored)
 
     arithmetic = ask(data.arithmetic, lambda text, reference: final_number(text) == int(reference))
     addition = [example for example in arithmetic if not _is_subtraction(example.question)]
@@ -40,9 +36,9 @@ def measure(answer: Callable[[list[str]], list[str]], data: DemoData) -> list[Me
     idioms = ask(data.idioms, character_f1)
     loops = [e._replace(score=float(ends_in_loop(e.answer))) for e in arithmetic + identity + idioms]
     return [
-        _percentage("Two-digit addition, unseen operands", addition, goal=90),
-        _percentage("Two-digit subtraction, unseen operands", subtraction, goal=90),
-        _percentage("Names itself, asked in unseen words", identity, goal=90),
+        percentage("Two-digit addition, unseen operands", addition, goal=90),
+        percentage("Two-digit subtraction, unseen operands", subtraction, goal=90),
+        percentage("Names itself, asked in unseen words", identity, goal=90),
         Metric("Meaning of a taught idiom, character F1", _mean(idioms), 0.8, "", _extremes(idioms)),
         Metric(
             "Answers that end in a repetition loop",
@@ -82,7 +78,18 @@ def metrics_table(metrics: list[Metric]) -> Table:
     return table
 
 
-def _percentage(name: str, examples: list[Example], goal: float) -> Metric:
+def score(
+    questions: Sequence[Question], answers: Sequence[str], scored: Callable[[str, str], float]
+) -> list[Example]:
+    """Each answer with what `scored(answer, reference)` gives it, 0 to 1."""
+    return [
+        Example(question.question, text, question.answer, float(scored(text, question.answer)))
+        for question, text in zip(questions, answers, strict=True)
+    ]
+
+
+def percentage(name: str, examples: list[Example], goal: float) -> Metric:
+    """The mean score of the examples in percent."""
     return Metric(name, 100 * _mean(examples), goal, "%", _extremes(examples))
 
 

@@ -41,17 +41,8 @@ def load_datasets(
             progress=progress,
         )
 
-    def rows_of(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
-        dataset = PairDataset if kind == "preference" else PackedDataset
-        return dataset(
-            store,
-            options.max_seq_len,
-            seed=options.seed,
-            pad_id=tokenizer.pad_id,
-            eos_id=tokenizer.eos_id,
-            documents=documents,
-            tag_weight=tag_weight,
-        )
+    def rows(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
+        return rows_of(store, tokenizer, options.max_seq_len, options.seed, documents, tag_weight)
 
     if not options.data_path.is_file():
         raise UserError(
@@ -60,11 +51,32 @@ def load_datasets(
         )
     store = tokens_of(options.data_path)
     if options.eval_path:
-        training, held_out = rows_of(store), rows_of(tokens_of(options.eval_path))
+        training, held_out = rows(store), rows(tokens_of(options.eval_path))
     else:
         kept, held = split_holdout(store)
-        training, held_out = rows_of(store, kept), rows_of(store, held)
-    for path, rows in ((options.data_path, training), (options.eval_path, held_out)):
-        if path and not rows.num_rows:
+        training, held_out = rows(store, kept), rows(store, held)
+    for path, data in ((options.data_path, training), (options.eval_path, held_out)):
+        if path and not data.num_rows:
             raise UserError(f"{path}: no record fits into --max_seq_len {options.max_seq_len}; raise it")
     return Datasets(training, held_out if held_out.num_rows else None, store.meta["content_sha256"])
+
+
+def rows_of(
+    store: TokenStore,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    seed: int = 0,
+    documents: np.ndarray | None = None,
+    tag_weight: float = 1.0,
+) -> PackedDataset:
+    """`store` as rows of `max_seq_len` positions; see `PackedDataset`."""
+    dataset = PairDataset if store.kind == "preference" else PackedDataset
+    return dataset(
+        store,
+        max_seq_len,
+        seed=seed,
+        pad_id=tokenizer.pad_id,
+        eos_id=tokenizer.eos_id,
+        documents=documents,
+        tag_weight=tag_weight,
+    )
