@@ -312,7 +312,9 @@ def test_two_processes_train_like_one(dpo_options, tmp_path):
         "out_dir",
         "dtype",
         "compile",
+        "optimizer",
         "learning_rate",
+        "epochs",
         "eval_interval",
     )
     given = [f"--{name}={getattr(options, name)}" for name in names]
