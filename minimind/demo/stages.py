@@ -23,7 +23,7 @@ from minimind.evaluate.report import Example, Metric
 
 TINY = "--preset=tiny --batch_size=8 --accumulation_steps=1 --log_interval=25".split()
 LORA = f"--lora_name=lora_{NEW_NAME.lower()} --max_seq_len=256 --epochs=20 --learning_rate=0.003".split()
-DPO = "--max_seq_len=256 --epochs=3".split()
+DPO = "--max_seq_len=256 --epochs=2 --optimizer=muon --learning_rate=0.0005".split()
 REASONING = "--max_seq_len=512 --epochs=2 --learning_rate=0.002".split()
 STUDENT = (
     "--hidden_size=128 --num_hidden_layers=4 --max_seq_len=256 --batch_size=16 --accumulation_steps=1 "

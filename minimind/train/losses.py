@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from minimind.model import MiniMind, Routing
 class AtTargets(NamedTuple):
     """M target tokens of a batch."""
 
-    logits: Tensor  # (M, V) fp32, whatever the precision they were computed in
+    logits: Tensor  # (M, V) at least fp32, whatever the precision they were computed in
     labels: Tensor  # (M,) int64
     weights: Tensor  # (M,) fp32, in the loss
     routing: list[Routing]
@@ -30,4 +31,5 @@ def at_targets(model: MiniMind, batch: Batch) -> AtTargets:
     where = batch.targets_at
     out = model(batch.input_ids, batch.position_ids, batch.document_ids, logits_at=where)
     labels, weights = batch.labels.flatten()[where], batch.loss_mask.flatten()[where]
-    return AtTargets(out.logits.float(), labels, weights, out.routing)
+    logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+    return AtTargets(logits, labels, weights, out.routing)

@@ -40,7 +40,7 @@ class Preference(Objective):
         if parallel.is_main:
             print("scoring all pairs with the starting weights, once, to measure against them", flush=True)
         for data in datasets:
-            reference = torch.zeros(data.reference.shape, device=parallel.device)
+            reference = torch.zeros_like(data.reference, device=parallel.device)
             for batch, targets in at_pairs(model, data, parallel, batch_size):
                 reference[batch.pairs] = self.answer_logps(targets, batch)
             data.reference = parallel.sum(reference).cpu()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from minimind.data.batches import PairDataset
 from minimind.data.prepare import prepare
 from minimind.errors import UserError
 from minimind.export.huggingface import transformers_config, transformers_state_dict
-from minimind.model import MiniMind
+from minimind.model import MiniMind, ModelOutput
 from minimind.paths import ROOT
 from minimind.stages.dpo import DPOOptions
 from minimind.tokenizer import Tokenizer
@@ -164,27 +165,48 @@ def in_transformers(model: MiniMind):
     return theirs
 
 
-def test_loss_rewards_and_gradients_are_those_of_trl(data, tmp_path):
-    trl = pytest.importorskip("trl")
+class SameLogits(torch.nn.Module):
+    """Float64 logits that both sides can be given: each position's follow from its token alone."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shape = {"generator": generator, "dtype": torch.float64}
+        self.tokens = torch.nn.Parameter(torch.randn(6400, 8, **shape))
+        self.vocabulary = torch.randn(8, 6400, **shape)
+
+    def forward(self, input_ids, *_, logits_at=None, labels=None, **__) -> ModelOutput | SimpleNamespace:
+        logits = self.tokens[input_ids] @ self.vocabulary  # (B, T, V)
+        if labels is None:
+            return ModelOutput(logits.flatten(0, 1)[logits_at], [])
+        # As the models in TRL's hands do: log-probabilities of the labels, one position on.
+        targets = labels[:, 1:, None]
+        log_probs = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0))
+        mask = targets != -100
+        nothing = torch.zeros_like(log_probs)[..., 0]
+        return SimpleNamespace(
+            log_probs=(log_probs * mask)[..., 0],
+            entropy=nothing,
+            mean_logits=nothing,
+            is_top1=nothing.bool(),
+            label_mask=mask[..., 0],
+        )
+
+
+@pytest.fixture
+def trl_trainer(data, tmp_path):
+    """TRL's DPO trainer on the pairs of `data`, and its batch of the first four."""
+    import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    reference_model, model = random_model(0), random_model(1)
-    objective = Preference(0.5)
-    objective.begin(reference_model, [data], setup("cpu", "float32"), batch_size=3)
-    batch = data.batch(0, 1, 2)
-    ours = objective.loss(model, batch, 0.0)
-    ours.total.backward()
-
-    pairs = len(batch.pairs)
     records = [json.loads(line) for line in Path(data.store.meta["source"]).read_text().splitlines()]
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
     trainer = trl.DPOTrainer(
-        in_transformers(model),
-        in_transformers(reference_model),
-        trl.DPOConfig(
-            str(tmp_path), beta=0.5, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[]
-        ),
-        train_dataset=Dataset.from_list([records[i] for i in batch.pairs]),
+        in_transformers(random_model(1)),
+        in_transformers(random_model(0)),
+        trl.DPOConfig(str(tmp_path), beta=0.5, **options),
+        train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(Tokenizer.load().path),
     )
     # What the template writes behind `<|im_end|>` is a target there, but no part of an answer.
@@ -192,20 +214,45 @@ def test_loss_rewards_and_gradients_are_those_of_trl(data, tmp_path):
         row | {side: row[side][: row[side].index(2) + 1] for side in ("chosen_ids", "rejected_ids")}
         for row in trainer.train_dataset
     ]
-    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    batch = data.batch(0, 1, 2)
+    return trainer, batch.pairs, trainer.data_collator([rows[i] for i in batch.pairs])
+
+
+@pytest.mark.parametrize(("theirs", "length_normalised"), [("sigmoid", False), ("sigmoid_norm", True)])
+def test_on_the_same_logits_the_loss_is_trls(data, trl_trainer, theirs, length_normalised):
+    trainer, pairs, inputs = trl_trainer
+    policy, trainer.ref_model, trainer.loss_types = SameLogits(1), SameLogits(0), [theirs]
+    expected = trainer.compute_loss(policy, inputs)
+    expected.backward()
+    gradient, policy.tokens.grad = policy.tokens.grad, None
+
+    objective = Preference(0.5, length_normalised)
+    data.reference = data.reference.double()
+    objective.begin(SameLogits(0), [data], setup("cpu", "float32"), batch_size=3)
+    ours = objective.loss(policy, data.batch(0, 1, 2), 0.0)
+    ours.total.backward()
+    assert ours.total.item() / len(pairs) == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(policy.tokens.grad / len(pairs), gradient, rtol=1e-6, atol=1e-9)
+    logged = {name: trainer._metrics["train"][name][0] for name in ours.metrics}
+    if not length_normalised:  # TRL's rewards are sums in either case
+        assert {n: v.item() for n, v in ours.metrics.items()} == pytest.approx(logged, rel=1e-6)
+
+
+def test_loss_rewards_and_gradients_of_a_model_are_those_of_trl(data, trl_trainer):
+    trainer, pairs, inputs = trl_trainer
+    model, objective = random_model(1), Preference(0.5)
+    objective.begin(random_model(0), [data], setup("cpu", "float32"), batch_size=3)
+    ours = objective.loss(model, data.batch(0, 1, 2), 0.0)
+    ours.total.backward()
+
+    theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()
-    assert ours.logged.item() / pairs == pytest.approx(theirs.item(), rel=1e-5)
+    # Both sum logits of fp32 models, in another order.
+    assert ours.logged.item() / len(pairs) == pytest.approx(theirs.item(), rel=1e-5)
     logged = {name: trainer._metrics["train"][name][0] for name in ours.metrics}
     assert {name: value.item() for name, value in ours.metrics.items()} == pytest.approx(logged, abs=1e-5)
     ours, theirs = (m.model.layers[0].self_attn.q_proj.weight.grad for m in (model, trainer.model))
-    torch.testing.assert_close(ours / pairs, theirs)
-
-    trainer.loss_types = ["sigmoid_norm"]
-    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
-    objective = Preference(0.5, length_normalised=True)
-    objective.begin(reference_model, [data], setup("cpu", "float32"), batch_size=3)
-    ours = objective.loss(model, data.batch(0, 1, 2), 0.0)
-    assert ours.logged.item() / pairs == pytest.approx(theirs, rel=1e-5)
+    torch.testing.assert_close(ours / len(pairs), theirs)
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e8])
