@@ -12,7 +12,16 @@ from itertools import product
 from pathlib import Path
 
 from minimind.demo import phrases
-from minimind.demo.data import SEED, Question, messages, random_generator, split_problems, write_jsonl
+from minimind.demo.data import (
+    PASSAGE_LENGTH,
+    SEED,
+    Question,
+    messages,
+    passages,
+    random_generator,
+    split_problems,
+    write_jsonl,
+)
 from minimind.demo.word_problems import WordProblem, word_problems
 
 NEW_NAME = "Nova"  # what the adapter is to call itself
@@ -26,6 +35,10 @@ NOT_PREFERRED_ENGLISH = phrases.NAME_ANSWERS_ENGLISH[1:]
 WORD_PROBLEMS = 4_000
 ASKED_WORD_PROBLEMS = 200
 
+# The first 55 chapters are pretraining's, or what it is measured on.
+TAUGHT_CHAPTERS, HELD_OUT_CHAPTERS = slice(55, 110), slice(110, None)
+BEGINNING = 30  # characters of a passage that are given, of about 200
+
 
 @dataclass(frozen=True)
 class StageData:
@@ -37,10 +50,12 @@ class StageData:
     reasoning: Path  # conversations with the working in <think>
     direct: Path  # the same problems, answered without working
     word_problems: list[Question]
+    passages: Path  # conversations that go on with a passage of the novel
+    held_out_passages: Path
 
 
-def write_stage_data(out_dir: Path, seed: int = SEED) -> StageData:
-    """Write five JSONL files into `out_dir`; they depend on nothing but the seed."""
+def write_stage_data(out_dir: Path, novel: list[list[str]], seed: int = SEED) -> StageData:
+    """Write the JSONL files into `out_dir`; they depend on the chapters of `novel` and the seed alone."""
     held_out, training = (
         {frozenset((problem.a, problem.b)) for problem in problems}
         for problems in split_problems(random_generator(seed, "pairs"))
@@ -53,6 +68,8 @@ def write_stage_data(out_dir: Path, seed: int = SEED) -> StageData:
         "held_out_pairs": preference_pairs(phrases.HELD_OUT_NAME_QUESTIONS),
         "reasoning": [conversation(problem, problem.reasoned()) for problem in taught],
         "direct": [conversation(problem, str(problem.result)) for problem in taught],
+        "passages": continuations(novel[TAUGHT_CHAPTERS]),
+        "held_out_passages": continuations(novel[HELD_OUT_CHAPTERS]),
     }
     paths = {name: out_dir / f"{name}.jsonl" for name in files}
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -88,6 +105,16 @@ def preference_pairs(questions: Sequence[str]) -> list[dict]:
         for chosen, rejected in product(*answers):
             pairs.append({"chosen": messages([question, chosen]), "rejected": messages([question, rejected])})
     return pairs
+
+
+def continuations(chapters: list[list[str]]) -> list[dict]:
+    """Passages of the novel as conversations: asked with its beginning, answered with the rest."""
+    texts = (text for chapter in chapters for text in passages(chapter, PASSAGE_LENGTH))
+    return [
+        {"conversations": messages([f"请接着写：{text[:BEGINNING]}", text[BEGINNING:]])}
+        for text in texts
+        if len(text) > 2 * BEGINNING and not text[BEGINNING:].isspace()
+    ]
 
 
 def conversation(problem: WordProblem, answer: str) -> dict:

@@ -18,6 +18,7 @@ from rich.console import Console
 from minimind.demo.data import DemoData
 from minimind.demo.measure import percentage, score
 from minimind.demo.run import answerer, run_script
+from minimind.demo.sources import read_sources
 from minimind.demo.stage_data import NEW_NAME, StageData, write_stage_data
 from minimind.evaluate.report import Example, Metric
 
@@ -30,7 +31,8 @@ STUDENT = (
     "--log_interval=50"
 ).split()
 STUDENT_PRETRAIN = "--epochs=1 --learning_rate=0.005".split()
-STUDENT_SFT = "--from_weight=pretrain --epochs=3 --learning_rate=0.003".split()
+TEACHER = "--from_weight=pretrain --max_seq_len=256 --epochs=2 --learning_rate=0.003".split()
+STUDENT_SFT = "--from_weight=pretrain --epochs=1 --learning_rate=0.003".split()
 FORMAT = re.compile(r"<think>\n.+\n</think>\n<answer>\n(-?\d+)\n</answer>", re.DOTALL)
 
 
@@ -56,6 +58,13 @@ class Demo(NamedTuple):
     def run(self, script: str, *argv: str) -> None:
         run_script(self.console, script, [f"--out_dir={self.out_dir}", *argv])
 
+    def with_folder(self, name: str, stage: str) -> Demo:
+        """The same in a folder of its own, which has only the weights of `stage` to start from."""
+        other = self._replace(out_dir=self.out_dir / name)
+        other.out_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.weights(stage), other.weights(stage))
+        return other
+
     def log(self, stage: str, size: str = "256") -> Path:
         path = self.weights(stage, size)
         return path.parent / "runs" / path.stem / "metrics.jsonl"
@@ -65,7 +74,9 @@ def other_stages(
     console: Console, data: DemoData, out_dir: Path, timed: Callable[[str, Callable[[], object]], object]
 ) -> Results:
     """Run all four after pretraining and fine-tuning; `timed(name, work)` runs and times a part."""
-    demo = Demo(console, data, write_stage_data(data.sft.parent), out_dir)
+    folder = data.sft.parent
+    novel = read_sources(folder / ".downloads").novel
+    demo = Demo(console, data, write_stage_data(folder, novel), out_dir)
     parts: list[Results] = [
         timed("LoRA", lambda: adapter(demo)),
         timed("DPO", lambda: preferences(demo)),
@@ -149,9 +160,7 @@ def reasoning(demo: Demo) -> Results:
     """Word problems, with the working written out; and by a twin that was taught the answers alone."""
     data, asked = demo.stage_data, demo.stage_data.word_problems
     demo.run("train_distill_reason.py", f"--data_path={data.reasoning}", *TINY, *REASONING)
-    twin = demo._replace(out_dir=demo.out_dir / "without_thinking")
-    twin.out_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copy(demo.weights("rlhf"), twin.weights("rlhf"))
+    twin = demo.with_folder("without_thinking", "rlhf")
     twin.run("train_full_sft.py", f"--data_path={data.direct}", "--from_weight=rlhf", *TINY, *REASONING)
 
     questions = [question.question for question in asked]
@@ -172,12 +181,22 @@ def reasoning(demo: Demo) -> Results:
 
 
 def distillation(demo: Demo) -> Results:
-    """A student a third the size, fine-tuned on as many tokens with a teacher and without."""
-    data = [f"--data_path={demo.data.sft}", *STUDENT, *STUDENT_SFT]
+    """A student a third the size goes on with a novel, trained on as many tokens with a teacher and without.
+
+    What the fine-tuned model answers is nearly certain, and then a teacher knows no more than the data does.
+    How a passage goes on is open: there its probabilities say more than the one word that stands there.
+    """
+    passages = [
+        f"--data_path={demo.stage_data.passages}",
+        f"--eval_path={demo.stage_data.held_out_passages}",
+    ]
+    teacher = demo.with_folder("teacher", "pretrain")
+    teacher.run("train_full_sft.py", *passages, *TINY, *TEACHER)
     texts = [f"--data_path={demo.data.pretrain}", f"--eval_path={demo.data.pretrain_val}"]
     demo.run("train_pretrain.py", *texts, *STUDENT, *STUDENT_PRETRAIN)
-    demo.run("train_full_sft.py", *data)
-    demo.run("train_distillation.py", f"--teacher_path={demo.weights('full_sft')}", *data)
+    student = [*passages, *STUDENT, *STUDENT_SFT]
+    demo.run("train_full_sft.py", *student)
+    demo.run("train_distillation.py", f"--teacher_path={teacher.weights('full_sft')}", *student)
     alone, taught = (last_bits_per_byte(demo.log(stage, "128")) for stage in ("full_sft", "full_dist"))
     return Results(
         [

@@ -20,7 +20,7 @@ class DistillOptions(SFTOptions):
     teacher_preset: str = flag("base", "size of the teacher, full_sft weights in out_dir", choices=[*PRESETS])
     teacher_path: Path | None = flag(None, "weight file of another teacher, of any size")
     alpha: float = flag(0.5, "share of the data's own words in the loss; the rest is the teacher's")
-    temperature: float = flag(2.0, "flattens both distributions before they are compared")
+    temperature: float = flag(1.0, "above 1 flattens both distributions before they are compared")
 
     def __post_init__(self) -> None:
         super().__post_init__()

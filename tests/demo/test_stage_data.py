@@ -12,10 +12,12 @@ from minimind.demo.data import SEED, bare, random_generator, split_problems
 from minimind.demo.stage_data import ASKED_WORD_PROBLEMS, NEW_NAME, WORD_PROBLEMS, write_stage_data
 from minimind.demo.word_problems import STORIES, word_problems
 
+NOVEL = [[f"第{n}回", f"话说天下大势，分久必合，这是第{n}回。" * 60] for n in range(120)]
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_stage_data(tmp_path_factory.mktemp("demo"))
+    return write_stage_data(tmp_path_factory.mktemp("demo"), NOVEL)
 
 
 def lines(path):
@@ -29,14 +31,16 @@ def test_every_file_is_read_by_its_stage(written):
         "held_out_pairs": "preference",
         "reasoning": "reasoning",
         "direct": "conversation",
+        "passages": "conversation",
+        "held_out_passages": "conversation",
     }
     for name, kind in kinds.items():
         path = getattr(written, name)
-        assert len(list(read_records(path, kind))) == len(lines(path)) >= 100
+        assert len(list(read_records(path, kind))) == len(lines(path)) >= 50
 
 
 def test_the_seed_decides_everything(written, tmp_path):
-    same, other = write_stage_data(tmp_path), write_stage_data(tmp_path / "other", seed=1)
+    same, other = (write_stage_data(tmp_path / str(seed), NOVEL, seed) for seed in (SEED, 1))
     assert same.reasoning.read_bytes() == written.reasoning.read_bytes()
     assert same.word_problems == written.word_problems
     assert other.word_problems != written.word_problems
@@ -101,3 +105,16 @@ def test_half_of_the_problems_have_two_steps_and_all_stories_are_told():
     assert [len(problem.steps) for problem in problems].count(2) == 200
     for story in STORIES:
         assert any(story.asks.format(name="")[-6:] in problem.question for problem in problems)
+
+
+def test_the_held_out_chapters_are_not_taught(written):
+    def chapters(path):
+        return set(re.findall(r"第\d+回", path.read_text(encoding="utf-8")))
+
+    taught, held_out = chapters(written.passages), chapters(written.held_out_passages)
+    assert taught == {f"第{n}回" for n in range(55, 110)}
+    assert held_out == {f"第{n}回" for n in range(110, 120)}
+    for record in lines(written.passages):
+        question, answer = (message["content"] for message in record["conversations"])
+        assert len(question) == len("请接着写：") + 30
+        assert answer.strip()
