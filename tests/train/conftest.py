@@ -12,12 +12,19 @@ import torch
 
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.sft import SFTOptions
+from minimind.train import loop
 from minimind.train.loop import Stage, Trainer
 from minimind.train.parallel import setup
 
 SIZE = {"hidden_size": 64, "num_hidden_layers": 2, "max_seq_len": 64}
 PRETRAIN = Stage("pretrain", data_kind="pretrain")
 SFT = Stage("full_sft", data_kind="conversation", starts_from=("pretrain",))
+
+
+@pytest.fixture(autouse=True)
+def known_matmul_rate(monkeypatch) -> None:
+    """Measuring the processor takes longer than these runs."""
+    monkeypatch.setattr(loop, "matmul_rate", lambda *_: 1e10)
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:

@@ -57,9 +57,8 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def dpo_options(pairs, options, tmp_path, monkeypatch) -> DPOOptions:
+def dpo_options(pairs, options, tmp_path) -> DPOOptions:
     """A run of 4 steps from random weights, with pairs to evaluate on."""
-    monkeypatch.setattr(loop, "matmul_rate", lambda *_: 1e10)  # measuring it takes longer than the run
     given = vars(options) | {"max_seq_len": 128, "batch_size": 2, "accumulation_steps": 2, "max_steps": 4}
     held_out = write_pairs(tmp_path / "held_out.jsonl", range(50, 61))
     return replace(

@@ -52,9 +52,10 @@ def reason_options(options, tmp_path) -> ReasonOptions:
     return replace(ReasonOptions(**vars(options)), data_path=data, max_seq_len=96)
 
 
-def save_random(path, seed: int = 0) -> None:
+def save_random(path, seed: int = 0, num_experts: int = 0) -> None:
     torch.manual_seed(seed)
-    save_weights(MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=2)), path)
+    config = ModelConfig(hidden_size=64, num_hidden_layers=2, num_experts=num_experts)
+    save_weights(MiniMind(config), path)
 
 
 def reference(model: MiniMind) -> float:
@@ -92,6 +93,13 @@ def test_preferences_come_first_and_the_name_is_reason(reason_options, stage, ca
     assert trainer.started_from.name == "rlhf_64.pth"
     assert trainer.weights_path.name == "reason_64.pth"
     assert trainer.identity()["tag_weight"] == reason_options.tag_weight
+
+
+def test_experts_reason_too(reason_options, stage):
+    save_random(reason_options.out_dir / "full_sft_64_moe.pth", num_experts=4)
+    trainer = run(replace(reason_options, use_moe=True, max_steps=2), stage)
+    assert trainer.weights_path.name == "reason_64_moe.pth"
+    assert metrics(trainer, "balance_loss")[-1] >= 0.99
 
 
 def test_without_weights_the_command_for_fine_tuning_is_named(reason_options, stage):
