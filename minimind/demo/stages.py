@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,22 +72,18 @@ class Demo(NamedTuple):
 
 
 def other_stages(
-    console: Console, data: DemoData, out_dir: Path, timed: Callable[[str, Callable[[], object]], object]
+    console: Console, data: DemoData, out_dir: Path, timed: Callable[[str, Callable[[], Results]], Results]
 ) -> Results:
     """Run all four after pretraining and fine-tuning; `timed(name, work)` runs and times a part."""
     folder = data.sft.parent
     novel = read_sources(folder / ".downloads").novel
     demo = Demo(console, data, write_stage_data(folder, novel), out_dir)
-    parts: list[Results] = [
-        timed("LoRA", lambda: adapter(demo)),
-        timed("DPO", lambda: preferences(demo)),
-        timed("reasoning", lambda: reasoning(demo)),
-        timed("distillation", lambda: distillation(demo)),
-    ]
+    stages = {"LoRA": adapter, "DPO": preferences, "reasoning": reasoning, "distillation": distillation}
+    parts = {name: timed(name, partial(stage, demo)) for name, stage in stages.items()}
     return Results(
-        metrics=[metric for part in parts for metric in part.metrics],
-        samples=[sample for part in parts for sample in part.samples],
-        runs=[run for part in parts for run in part.runs],
+        metrics=[metric for part in parts.values() for metric in part.metrics],
+        samples=[(f"{q} ({name})", answer) for name, part in parts.items() for q, answer in part.samples],
+        runs=[run for part in parts.values() for run in part.runs],
     )
 
 

@@ -41,12 +41,12 @@ class Metric(NamedTuple):
 
     @property
     def shown_value(self) -> str:
-        return f"{self.value:.1f} %" if self.unit == "%" else f"{self.value:.3g}{self.unit}"
+        return f"{self.value:.1f} %" if self.unit == "%" else f"{self.value:.4g}{self.unit}"
 
     @property
     def shown_goal(self) -> str:
         return (
-            f"{'≤' if self.lower_is_better else '≥'} {self.goal:g}{' %' if self.unit == '%' else self.unit}"
+            f"{'≤' if self.lower_is_better else '≥'} {self.goal:.4g}{' %' if self.unit == '%' else self.unit}"
         )
 
 
