@@ -10,7 +10,7 @@ import torch
 from minimind.data.batches import PackedDataset
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
-from minimind.train.losses import at_targets
+from minimind.train.losses import at_all_targets
 from minimind.train.parallel import Parallel
 
 
@@ -19,7 +19,6 @@ class Score(NamedTuple):
     bits_per_byte: float  # all cross-entropy, in bits, over the UTF-8 bytes of the target tokens
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: MiniMind,
     data: PackedDataset,
@@ -34,18 +33,10 @@ def bits_per_byte(
     """
     bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
     sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # nats, tokens, bytes
-    rows = min(data.num_rows, max_rows or data.num_rows)
-    was_training = model.training
-    model.eval()
-    for start in range(parallel.rank * batch_size, rows, parallel.world_size * batch_size):
-        count = min(batch_size, rows - start)
-        batch = data.batch(0, start, count, min_rows=batch_size).to(parallel.device)
-        with parallel.autocast():
-            targets = at_targets(model, batch)
+    for _, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
         nll = targets.nll
         sums += torch.stack(
             [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[targets.labels].sum().to(sums)]
         )
-    model.train(was_training)
     nats, tokens, num_bytes = parallel.sum(sums).tolist()
     return Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1))

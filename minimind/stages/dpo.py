@@ -17,8 +17,8 @@ class DPOOptions(TrainOptions):
     data_path: Path = flag(DATASET_DIR / "dpo.jsonl", "JSONL file to train on, plain or .gz")
     epochs: int = flag(2, "passes over the data")
     max_seq_len: int = flag(2048, "length of a row in tokens; both answers of a pair must fit into one")
-    batch_size: int = flag(4, "rows in one forward and backward pass of one device")
-    accumulation_steps: int = flag(4, "passes that make up one optimizer step")
+    batch_size: int = flag(4, "rows in one forward and backward pass of one device, at most")
+    accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
     # Measured on 366 generated pairs, 32 steps, 3 M parameters: AdamW at 1e-5, 5e-5 and 2e-4 made held-out
     # chosen answers 0.1, 1.6 and 7.5 % worse in bits per byte for a margin of 0.04, 0.16 and 0.32 (at 1e-5
     # 128 steps: 1.0 % for 0.11). Muon pays more for the same: at 2e-4 0.9 % for 0.04.

@@ -22,8 +22,8 @@ class LoRAOptions(TrainOptions):
     data_path: Path | None = flag(None, "JSONL file to train on; without it dataset/{lora_name}.jsonl")
     epochs: int = flag(10, "passes over the data; a hundred records want 50")
     # Small sets need steps more than they need large batches.
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device")
-    accumulation_steps: int = flag(1, "passes that make up one optimizer step")
+    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
     optimizer: str = flag("adamw", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "highest learning rate")
     weight_decay: float = flag(0.0, "decoupled weight decay of the adapters' matrices")

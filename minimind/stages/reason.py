@@ -21,8 +21,8 @@ from minimind.train.options import TrainOptions
 class ReasonOptions(TrainOptions):
     data_path: Path = flag(DATASET_DIR / "r1_mix_1024.jsonl", "JSONL file to train on, plain or .gz")
     max_seq_len: int = flag(1024, "length of a row in tokens")
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device")
-    accumulation_steps: int = flag(1, "passes that make up one optimizer step")
+    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
     tag_weight: float = flag(10.0, "weight of the tags' tokens in the loss; all others have 1")
 
     def __post_init__(self) -> None:

@@ -17,8 +17,8 @@ class SFTOptions(TrainOptions):
     epochs: int = flag(2, "passes over the data")
     # At 512 an eighth of sft_mini_512's answer tokens would be cut off, at 1024 half a percent.
     max_seq_len: int = flag(1024, "length of a row in tokens")
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device")
-    accumulation_steps: int = flag(1, "passes that make up one optimizer step")
+    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,9 +3,9 @@
     train(stage, options)
         prepare data → build the model → [resume] → steps → final weights
 
-One optimizer step is `batch_size × accumulation_steps` rows of every process. Which rows is a pure function
-of (seed, step), the loss is the mean over all target tokens of the step, and a checkpoint holds all the
-rest; so a run that was stopped goes on as if it had not been.
+One optimizer step is `batch_size × accumulation_steps` rows, however many processes share them. Which rows is
+a pure function of (seed, step), the loss is the mean over all target tokens of the step, and a checkpoint
+holds all the rest; so a run that was stopped goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes ha
 FIXED_IN_A_RUN = (
     "max_seq_len",
     "epochs",
-    "batch_size",
-    "accumulation_steps",
     "optimizer",
     "learning_rate",
     "warmup_iters",
@@ -137,7 +135,9 @@ class Trainer:
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
-        self.rows_per_step = options.batch_size * options.accumulation_steps * parallel.world_size
+        self.rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
+        # The processes share a step's rows evenly; a pass takes as many of them as fit at once.
+        self.rows_at_once = min(options.batch_size, math.ceil(self.rows_per_step / parallel.world_size))
         self.steps_per_epoch = math.ceil(self.data.num_rows / self.rows_per_step)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
@@ -233,10 +233,10 @@ class Trainer:
         data = {
             "data (its content)": self.data_sha256,
             "rows to train on": self.data.num_rows,
+            "rows of an optimizer step": self.rows_per_step,
             "tokenizer": self.tokenizer.fingerprint,
         }
-        machine = {"dtype": str(self.parallel.dtype), "world size": self.parallel.world_size}
-        return options | data | machine | dataclasses.asdict(self.config)
+        return options | data | {"dtype": str(self.parallel.dtype)} | dataclasses.asdict(self.config)
 
     def check_same_run(self, saved: dict[str, Any]) -> None:
         now = self.identity()
@@ -306,25 +306,27 @@ class Trainer:
 
     def step_batches(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this process for each step from `first_step` on."""
-        options, parallel = self.options, self.parallel
+        # A process without rows takes part with padding; compiled code wants one shape.
+        fewest = self.rows_at_once if self.compiled else 1
         for step in range(first_step, self.total_steps):
+            epoch = step // self.steps_per_epoch
             batches = []
-            for i in range(options.accumulation_steps):
-                epoch, row = self.place(step, i)
-                rows_left = self.data.num_rows - (row - parallel.rank * options.batch_size)
-                if rows_left <= 0:  # no process has rows for this pass
-                    break
-                # A process without rows takes part with padding; compiled code wants one shape.
-                fewest = options.batch_size if self.compiled else 1
-                batch = self.data.batch(epoch, row, options.batch_size, min_rows=fewest)
-                batches.append(batch.pin_memory() if parallel.device.type == "cuda" else batch)
+            for rows in self.places(step):
+                batch = self.data.batch(epoch, rows.start, len(rows), min_rows=fewest)
+                batches.append(batch.pin_memory() if self.parallel.device.type == "cuda" else batch)
             yield batches
 
-    def place(self, step: int, i: int) -> tuple[int, int]:
-        """The epoch of a step, and the first row there of this process's `i`-th batch of the step."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        batches_before = i * self.parallel.world_size + self.parallel.rank
-        return epoch, step_in_epoch * self.rows_per_step + batches_before * self.options.batch_size
+    def places(self, step: int) -> list[range]:
+        """The rows of each of this process's passes in a step; none in a pass that only others have rows for.
+
+        All processes make the same number of passes, since they meet in each.
+        """
+        first = step % self.steps_per_epoch * self.rows_per_step
+        end = min(first + self.rows_per_step, self.data.num_rows)
+        together = self.rows_at_once * self.parallel.world_size  # rows of all processes in one pass
+        starts = range(first + self.parallel.rank * self.rows_at_once, end + together, together)
+        passes = math.ceil((end - first) / together)
+        return [range(min(s, end), min(s + self.rows_at_once, end)) for s in starts[:passes]]
 
     def optimizer_step(self, step: int, batches: list[Batch], signals: StopSignals) -> dict[str, float]:
         """One update from `batches`; returns what to log.
@@ -407,12 +409,11 @@ class Trainer:
     def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
         """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
         bad = [i for i, loss in enumerate(losses) if not loss.logged.isfinite()]
-        lines: set[int] = set()
+        epoch, lines = step // self.steps_per_epoch, set[int]()
         for i in bad or range(len(batches)):  # with finite losses the gradient alone is bad: all are suspects
-            epoch, first = self.place(step, i)
-            for row in range(min(self.options.batch_size, self.data.num_rows - first)):
-                if not bad or self.row_is_bad(epoch, first + row):
-                    lines |= set(self.data.source_lines(epoch, first + row))
+            for row in self.places(step)[i]:
+                if not bad or self.row_is_bad(epoch, row):
+                    lines |= set(self.data.source_lines(epoch, row))
         shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")
         return UserError(
             f"the loss or its gradient is not finite at step {step + 1}, learning rate "

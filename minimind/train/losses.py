@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.data.batches import Batch
+from minimind.data.batches import Batch, PackedDataset
 from minimind.model import MiniMind, Routing
+from minimind.train.parallel import Parallel
 
 
 class AtTargets(NamedTuple):
@@ -33,3 +35,24 @@ def at_targets(model: MiniMind, batch: Batch) -> AtTargets:
     labels, weights = batch.labels.flatten()[where], batch.loss_mask.flatten()[where]
     logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
     return AtTargets(logits, labels, weights, out.routing)
+
+
+@torch.no_grad()
+def at_all_targets(
+    model: MiniMind, data: PackedDataset, parallel: Parallel, batch_size: int, max_rows: int | None = None
+) -> Iterator[tuple[Batch, AtTargets]]:
+    """This process's share of the first `max_rows` rows of `data`, and what `model` says there.
+
+    All processes make as many forward passes, with padding where one has no rows: a sharded model needs them
+    all for each.
+    """
+    rows = min(data.num_rows, max_rows or data.num_rows)
+    was_training = model.training
+    model.eval()
+    for together in range(0, rows, parallel.world_size * batch_size):
+        start = min(together + parallel.rank * batch_size, rows)
+        batch = data.batch(0, start, min(batch_size, rows - start), min_rows=batch_size).to(parallel.device)
+        with parallel.autocast():
+            targets = at_targets(model, batch)
+        yield batch, targets
+    model.train(was_training)

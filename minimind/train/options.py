@@ -36,8 +36,9 @@ class TrainOptions:
 
     # Optimisation
     epochs: int = flag(1, "passes over the data")
-    batch_size: int = flag(32, "rows in one forward and backward pass of one device")
-    accumulation_steps: int = flag(4, "passes that make up one optimizer step")
+    batch_size: int = flag(32, "rows in one forward and backward pass of one device, at most")
+    accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
+    global_batch_size: int | None = flag(None, "rows in one optimizer step, instead of accumulation_steps")
     optimizer: str = flag("muon", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
     learning_rate: float = flag(5e-4, "highest learning rate")
     warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/50 of the run, at most 100")
@@ -72,7 +73,14 @@ class TrainOptions:
             raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be 8 to {most}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed is {self.seed}; it must be 0 to {2**32 - 1}")
-        for name in ("max_steps", "eval_interval", "hidden_size", "num_hidden_layers", "num_workers"):
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "eval_interval",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_workers",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.learning_rate < 1:

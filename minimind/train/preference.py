@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from minimind.data.batches import PairBatch, PairDataset
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
-from minimind.train.losses import AtTargets, at_targets
+from minimind.train.losses import AtTargets, at_all_targets, at_targets
 from minimind.train.objective import Loss, Objective, with_balance
 from minimind.train.parallel import Parallel
 
@@ -41,7 +40,7 @@ class Preference(Objective):
             print("scoring all pairs with the starting weights, once, to measure against them", flush=True)
         for data in datasets:
             reference = torch.zeros_like(data.reference, device=parallel.device)
-            for batch, targets in at_pairs(model, data, parallel, batch_size):
+            for batch, targets in at_all_targets(model, data, parallel, batch_size):
                 reference[batch.pairs] = self.answer_logps(targets, batch)
             data.reference = parallel.sum(reference).cpu()
 
@@ -82,7 +81,7 @@ class Preference(Objective):
         a margin can also be had by making both answers unlikely, the rejected one more."""
         bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
         sums = torch.zeros(7, dtype=torch.float64, device=parallel.device)
-        for batch, targets in at_pairs(model, data, parallel, batch_size, max_rows):
+        for batch, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
             logps = self.answer_logps(targets, batch)
             losses, rewards = dpo_loss(logps, batch.reference, self.beta)
             margins = rewards[:, 0] - rewards[:, 1]
@@ -129,23 +128,6 @@ def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Ten
     """
     rewards = beta * (logps - reference)
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
-
-
-@torch.no_grad()
-def at_pairs(
-    model: MiniMind, data: PairDataset, parallel: Parallel, batch_size: int, max_rows: int | None = None
-) -> Iterator[tuple[PairBatch, AtTargets]]:
-    """This process's share of the first `max_rows` rows of `data`, and what `model` says there."""
-    rows = min(data.num_rows, max_rows or data.num_rows)
-    was_training = model.training
-    model.eval()
-    for start in range(parallel.rank * batch_size, rows, parallel.world_size * batch_size):
-        count = min(batch_size, rows - start)
-        batch = data.batch(0, start, count, min_rows=batch_size).to(parallel.device)
-        with parallel.autocast():
-            targets = at_targets(model, batch)
-        yield batch, targets
-    model.train(was_training)
 
 
 def contents(datasets: list[PairDataset]) -> list[str]:

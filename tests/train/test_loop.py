@@ -352,7 +352,7 @@ def test_signals_save_and_stop_the_command(options, tmp_path, number):
 def test_two_processes_train_like_one(options, tmp_path):
     alone = run(replace(options, batch_size=8, accumulation_steps=1, out_dir=tmp_path / "alone"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = command(options, "--max_steps=7", "--accumulation_steps=1")[1:]
+    script = command(options, "--max_steps=7", "--batch_size=8", "--accumulation_steps=1")[1:]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         launch + script, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -364,7 +364,7 @@ def test_two_processes_train_like_one(dpo_options, tmp_path):
         "eval_interval",
     )
     given = [f"--{name}={getattr(options, name)}" for name in names]
-    size = [f"--{name}={value}" for name, value in (SIZE | {"max_seq_len": 128, "batch_size": 2}).items()]
+    size = [f"--{name}={value}" for name, value in (SIZE | {"max_seq_len": 128, "batch_size": 4}).items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(ROOT / "trainer" / "train_dpo.py"), "--accumulation_steps=1", *given, *size],
