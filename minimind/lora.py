@@ -101,15 +101,15 @@ def merge(model: MiniMind) -> None:
     detach(model)
 
 
-def lora_state(model: MiniMind) -> dict[str, Tensor]:
-    """The adapters in fp32: `{projection}.lora.A.weight` (rank, in) and `….lora.B.weight` (out, rank)."""
-    state = model.state_dict().items()
-    return {name: tensor.detach().to("cpu", torch.float32) for name, tensor in state if ".lora." in name}
+def lora_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters of a state dict, fp32: `….lora.A.weight` (rank, in) and `….lora.B.weight` (out, rank)."""
+    adapters = ((name, tensor) for name, tensor in state.items() if ".lora." in name)
+    return {name: tensor.detach().to("cpu", torch.float32) for name, tensor in adapters}
 
 
-def save_lora(model: MiniMind, path: Path) -> None:
-    """Write the adapters alone. They are small, so nothing is rounded."""
-    atomic_write(path, lambda file: torch.save(lora_state(model), file))
+def save_lora(state: dict[str, Tensor], path: Path) -> None:
+    """Write the adapters in a state dict alone. They are small, so nothing is rounded."""
+    atomic_write(path, lambda file: torch.save(lora_state(state), file))
 
 
 def load_adapters(

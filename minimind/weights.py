@@ -20,8 +20,12 @@ from minimind.tokenizer import Tokenizer
 
 
 def save_weights(model: MiniMind, path: Path) -> None:
-    """Write the state dict in fp16, beside the target first, so that a crash leaves the old file whole."""
-    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
+    save_state(model.state_dict(), path)
+
+
+def save_state(state: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict in fp16, beside the target first, so that a crash leaves the old file whole."""
+    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in state.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: stored once
     atomic_write(path, lambda file: torch.save(state, file))
 

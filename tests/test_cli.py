@@ -34,7 +34,7 @@ def out(tmp_path):
             model = random_model(config)
             attach(model, rank, targets)
             randomise(model, seed)
-            save_lora(model, tmp_path / "out" / "lora" / f"{name}_{config.name}.pth")
+            save_lora(model.state_dict(), tmp_path / "out" / "lora" / f"{name}_{config.name}.pth")
     return tmp_path / "out"
 
 

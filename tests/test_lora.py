@@ -50,7 +50,7 @@ def some_ids() -> torch.Tensor:
 @pytest.mark.parametrize(("shape", "targets"), [("dense", TARGETS), ("moe", ATTENTION)])
 def test_forward_and_gradients_equal_peft(shape, targets, tmp_path):
     ours = adapted(shape, targets=targets)
-    state = lora_state(ours)
+    state = lora_state(ours.state_dict())
     theirs = in_transformers(random_model(SHAPES[shape]), tmp_path)
     theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=4, target_modules=list(targets))).eval()
     their_parameters = {
@@ -94,7 +94,7 @@ def test_attach_starts_from_the_model_and_detach_gives_it_back(shape):
 
 
 def test_experts_are_adapted_and_the_router_is_not():
-    places = {name.split(".lora.")[0] for name in lora_state(adapted("moe"))}
+    places = {name.split(".lora.")[0] for name in lora_state(adapted("moe").state_dict())}
     assert "model.layers.1.mlp.experts.3.up_proj" in places
     assert "model.layers.0.mlp.shared_experts.0.down_proj" in places
     assert len(places) == 2 * (4 + 5 * 3)  # layers, each with attention, four experts and a shared one
@@ -107,7 +107,7 @@ def test_merged_logits_are_those_of_the_adapters(shape):
     with torch.no_grad():
         expected = model(some_ids()).logits
         merge(model)
-        assert not lora_state(model)
+        assert not lora_state(model.state_dict())
         assert (model(some_ids()).logits - expected).abs().max() <= 1e-5
 
 
@@ -146,7 +146,7 @@ def test_several_adapters_add_up(tmp_path):
     for i, (rank, targets) in enumerate([(2, TARGETS), (5, ("q_proj", "down_proj"))]):
         single = adapted(rank=rank, targets=targets, seed=i)
         paths.append(tmp_path / f"{i}_64.pth")
-        save_lora(single, paths[-1])
+        save_lora(single.state_dict(), paths[-1])
         merge(single)
         deltas.append({name: tensor - base[name] for name, tensor in single.state_dict().items()})
     both = random_model(SHAPES["dense"]).eval()
@@ -179,7 +179,7 @@ Q = "model.layers.0.self_attn.q_proj"
 )
 def test_a_file_that_does_not_fit_is_refused_untouched(tmp_path, change, message):
     path = tmp_path / "bad_64.pth"
-    state = lora_state(adapted()) | change
+    state = lora_state(adapted().state_dict()) | change
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
     model = random_model(SHAPES["dense"])
     with pytest.raises(UserError, match=message) as raised:
@@ -187,7 +187,7 @@ def test_a_file_that_does_not_fit_is_refused_untouched(tmp_path, change, message
     assert str(path) in str(raised.value)
     assert "train it again" in str(raised.value) or MAKE in str(raised.value)
     assert all(p.requires_grad for p in model.parameters())
-    assert not lora_state(model)
+    assert not lora_state(model.state_dict())
 
 
 def test_missing_empty_and_damaged_files(tmp_path):
@@ -204,7 +204,7 @@ def test_missing_empty_and_damaged_files(tmp_path):
 
 
 def test_an_adapter_of_another_tokenizer_is_refused(tmp_path):
-    save_lora(adapted(), tmp_path / "a_64.pth")
+    save_lora(adapted().state_dict(), tmp_path / "a_64.pth")
     run_file = tmp_path / "runs" / "a_64" / "run.json"
     run_file.parent.mkdir(parents=True)
     run_file.write_text(json.dumps({"tokenizer_fingerprint": "another"}))
@@ -268,7 +268,7 @@ def test_training_changes_the_adapters_alone(options, use_moe):
     assert trainer.weights_path == options.out_dir / "lora" / f"threes_{size}.pth"
     assert trainer.run_dir == options.out_dir / "lora" / "runs" / f"threes_{size}"
     saved = torch.load(trainer.weights_path, weights_only=True)
-    assert saved.keys() == lora_state(trainer.model).keys()
+    assert saved.keys() == lora_state(trainer.model.state_dict()).keys()
     again = load_model(trainer.started_from, "")
     load_adapters(again, [trainer.weights_path], MAKE, trainer.tokenizer)
     assert all(torch.equal(after[name], tensor) for name, tensor in again.state_dict().items())

@@ -1,37 +1,72 @@
 """Checkpoints: everything a run needs to go on exactly where it was.
 
-    runs/{name}/checkpoints/step_00000500.pt      tensors and plain values, read back as data only
-    runs/{name}/checkpoints/step_00000500.sha256  written last: a checkpoint without it does not exist
+    runs/{name}/checkpoints/step_00000500/state.pt     plain values, and all tensors of a model in one process
+    runs/{name}/checkpoints/step_00000500/*.distcp     the tensors of a model shared out over processes
+    runs/{name}/checkpoints/step_00000500.sha256       written last: a checkpoint without it does not exist
 
-The newest `keep` are kept. A damaged one is passed over for the one before it.
+Either kind is read by any number of processes, whether they share the model out or not. The newest `keep` are
+kept. A damaged one is passed over for the one before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from minimind.errors import UserError
-from minimind.files import atomic_write
+from minimind.files import atomic_write, free_space
+from minimind.train.parallel import Parallel
+
+STATE = "state.pt"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `state` (tensors, plain values) as the checkpoint of `step`; drop all but the newest `keep`."""
-    path = folder / f"step_{step:08d}.pt"
-    atomic_write(path, lambda file: torch.save(state, file))
-    checksum = file_checksum(path)
-    atomic_write(path.with_suffix(".sha256"), lambda file: file.write(checksum.encode()))
-    for old in list_checkpoints(folder)[:-keep]:
-        old.with_suffix(".sha256").unlink()
-        old.unlink()
-    return path
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    parallel: Parallel,
+    keep: int = 2,
+) -> None:
+    """Write the checkpoint of `step`: `state` (plain values), model and optimizers; all processes call this.
+
+    Drops all but the newest `keep`. Raises: UserError when the disk is full; those from before stay.
+    """
+    path = folder / f"step_{step:08d}"
+    names = ("model", "optimizers")
+    tensors = dict(zip(names, get_state_dict(model, optimizers), strict=True))
+    if parallel.is_main:
+        path.with_suffix(".sha256").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    parallel.barrier()
+    if parallel.sharded:
+        try:
+            dcp.save(tensors, checkpoint_id=path)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise UserError(f"could not write {path}{free_space(folder)}: {error}") from error
+    if parallel.is_main:
+        whole = state if parallel.sharded else state | tensors
+        atomic_write(path / STATE, lambda file: torch.save(whole, file))
+        checksums = "".join(f"{file_checksum(file)}  {file.name}\n" for file in sorted(path.iterdir()))
+        atomic_write(path.with_suffix(".sha256"), lambda file: file.write(checksums.encode()))
+        finished = list_checkpoints(folder)
+        for old in finished[:-keep]:
+            old.with_suffix(".sha256").unlink()
+        for old in folder.glob("step_*/"):  # with those that a killed run has left unfinished
+            if old not in finished[-keep:]:
+                shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is whole, or None where there is none.
 
     Args: say: told, in a sentence, of each damaged checkpoint that was passed over.
@@ -39,17 +74,54 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] 
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
-        if file_checksum(path).encode() == path.with_suffix(".sha256").read_bytes():
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if is_whole(path):
+            return path
         say(f"checkpoint {path} is damaged (its checksum differs); using the one before it")
     if checkpoints:
         raise UserError(f"all checkpoints in {folder} are damaged; start anew with --from_resume 0")
     return None
 
 
+def is_whole(path: Path) -> bool:
+    lines = path.with_suffix(".sha256").read_text(encoding="utf-8", errors="replace").splitlines()
+    wanted = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    files = [path / name for name in wanted]
+    return bool(files) and all(f.is_file() and file_checksum(f) == wanted[f.name] for f in files)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`; with the tensors, unless the model was shared out."""
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
+
+
+def load_tensors(
+    path: Path, state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Fill model and optimizers, sharded or not, from the checkpoint at `path`.
+
+    Args: state: `load_state` of it.
+    """
+    if "model" in state:  # each process takes its part of the whole
+        options = StateDictOptions(full_state_dict=True)
+        tensors = state
+    else:
+        options = None
+        tensors = dict(zip(("model", "optimizers"), get_state_dict(model, optimizers), strict=True))
+        dcp.load(tensors, checkpoint_id=path)
+    set_state_dict(
+        model,
+        optimizers,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizers"],
+        options=options,
+    )
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*.pt") if path.with_suffix(".sha256").is_file())
+    return sorted(
+        sums.with_suffix("") for sums in folder.glob("step_*.sha256") if sums.with_suffix("").is_dir()
+    )
 
 
 def file_checksum(path: Path) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minimind.config import model_config
 from minimind.data.batches import Batch, PackedDataset, prefetch
@@ -36,7 +37,9 @@ from minimind.stages import SCRIPTS
 from minimind.tokenizer import Tokenizer
 from minimind.train.checkpoint import (
     list_checkpoints,
-    load_checkpoint,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -44,11 +47,11 @@ from minimind.train.checkpoint import (
 from minimind.train.datasets import load_datasets
 from minimind.train.monitor import Monitor, duration, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
-from minimind.train.optim import build_optimizers, learning_rate_scale
+from minimind.train.optim import build_optimizers, clip_gradients, learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.signals import Interrupted, StopSignals
-from minimind.weights import check_tokenizer, load_model, save_weights
+from minimind.weights import check_tokenizer, load_model, save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
@@ -77,7 +80,7 @@ class Stage:
     objective: Objective = field(default_factory=NextToken)
     tag_weight: float = 1.0  # in the loss, of the tokens of a reasoning answer's tags
     prepare: Callable[[MiniMind], object] | None = None  # change the model, choose what is trained
-    save: Callable[[MiniMind, Path], None] = save_weights
+    save: Callable[[dict[str, Tensor], Path], None] = save_state  # what of the state dict is the result
 
 
 def train(stage: Stage, options: TrainOptions) -> int:
@@ -85,7 +88,7 @@ def train(stage: Stage, options: TrainOptions) -> int:
 
     Raises: UserError for whatever the user can mend, before or during training.
     """
-    parallel = setup(options.device, options.dtype)
+    parallel = setup(options.device, options.dtype, options.parallel)
     try:
         code = Trainer(stage, options, parallel).run()
     except (MemoryError, RuntimeError) as error:
@@ -198,7 +201,9 @@ class Trainer:
                 "--compile 1 needs a C++ compiler (CPU: install g++) or triton (CUDA); or --compile 0"
             )
         if wanted and can:
-            self.model.model.compile()
+            # Sharding gathers one layer at a time, so then they are compiled one by one.
+            for part in self.model.model.layers if self.parallel.sharded else [self.model.model]:
+                part.compile()
         return bool(wanted and can)
 
     def resume(self, say: Callable[[str], None]) -> int:
@@ -211,14 +216,13 @@ class Trainer:
                     f"first save they and their weight file move to {self.run_dir / 'previous'}"
                 )
             return 0
-        state = load_checkpoint(folder, say)
-        if state is None:
+        path = newest_checkpoint(folder, say)
+        if path is None:
             say(f"there is no checkpoint in {folder}; starting at the first step")
             return 0
+        state = load_state(path)
         self.check_same_run(state["run"])
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        load_tensors(path, state, self.model, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"], self.datasets())
         set_random_state(state["random"])
@@ -349,7 +353,7 @@ class Trainer:
         losses = self.accumulate_gradients(batches, units, signals)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip or math.inf)
+        norm = clip_gradients(self.model, self.options.grad_clip or math.inf)
         loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
         loss, grad_norm = loss_sum.item() / max(units, 1), norm.item()
         scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
@@ -392,19 +396,14 @@ class Trainer:
         for i, batch in enumerate(batches):
             if signals.received and world == 1:
                 raise Interrupted
-            with self.gradients_stay_local(i + 1 < len(batches)), self.parallel.autocast():
+            more_to_come = i + 1 < len(batches)
+            with self.parallel.accumulate(self.trained, more_to_come), self.parallel.autocast():
                 batch = batch.to(device, non_blocking=True)
                 loss = self.objective.loss(self.trained, batch, self.config.router_aux_loss_coef)
                 # Processes' gradients are averaged, but the step's loss is a sum over them.
                 self.scaler.scale(loss.total * (world / max(units, 1))).backward()
             losses.append(loss._replace(total=loss.total.detach()))
         return losses
-
-    def gradients_stay_local(self, more_to_come: bool) -> Any:
-        """Under several processes, only the last pass of a step exchanges gradients."""
-        if more_to_come and self.parallel.world_size > 1:
-            return self.trained.no_sync()
-        return torch.enable_grad()
 
     def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
         """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
@@ -500,26 +499,30 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""
-        if self.parallel.is_main:
-            state = {
-                "step": step,
-                "run": self.identity(),
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-                "objective": self.objective.state_dict(self.datasets()),
-                "random": random_state(),
-            }
-            folder = self.run_dir / "checkpoints"
-            if self.is_new:
-                self.set_previous_aside(folder)
-            save_checkpoint(folder, step, state)
-            self.stage.save(self.model, self.weights_path)
+        folder = self.run_dir / "checkpoints"
+        if self.is_new:
+            self.set_previous_aside(folder)
+        state = {
+            "step": step,
+            "run": self.identity(),
+            "scaler": self.scaler.state_dict(),
+            "objective": self.objective.state_dict(self.datasets()),
+            "random": random_state(),
+        }
+        save_checkpoint(folder, step, state, self.model, self.optimizers, self.parallel)
+        self.save_weights()
         self.parallel.barrier()
+
+    def save_weights(self) -> None:
+        state = self.parallel.whole_state(self.model)
+        if self.parallel.is_main:
+            self.stage.save(state, self.weights_path)
 
     def set_previous_aside(self, checkpoints: Path) -> None:
         """A run started by mistake must not cost the one before it: that moves to `previous/`."""
         self.is_new = False
+        if not self.parallel.is_main:
+            return
         found = [path for path in (checkpoints, self.weights_path) if path.exists()]
         if found:
             previous = self.run_dir / "previous"
@@ -530,8 +533,8 @@ class Trainer:
 
     def save_final(self, done: int, start: int) -> None:
         """A run that was resumed at its end has nothing to train, but its weight file may be gone."""
-        if done == start and self.parallel.is_main:
-            self.stage.save(self.model, self.weights_path)
+        if done == start:
+            self.save_weights()
 
 
 def plain(value: Any) -> Any:

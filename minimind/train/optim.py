@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def build_optimizers(
@@ -28,9 +30,7 @@ def build_optimizers(
 
     optimizers: list[torch.optim.Optimizer] = []
     if name == "muon":
-        muon = torch.optim.Muon(
-            hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     else:
         other_matrices += hidden
@@ -45,6 +45,27 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, for sharded matrices too.
+
+    The singular values of a matrix need all of it: each process gathers the gradients, works out the same
+    update, and applies its part. Left to sharded products, their rounding would differ with the processes.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if isinstance(parameter.grad, DTensor):
+                    parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
+        return super().step(closure)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients down to a norm of `max_norm`; returns the norm before, ()."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def learning_rate_scale(step: int, total_steps: int, warmup_steps: int, floor: float = 0.1) -> float:

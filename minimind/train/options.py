@@ -52,6 +52,9 @@ class TrainOptions:
     dtype: str = flag(
         "auto", "precision of matrix products", choices=("auto", "bfloat16", "float16", "float32")
     )
+    parallel: str = flag(
+        "ddp", "several processes: ddp, or fsdp to share out one model", choices=("ddp", "fsdp")
+    )
     compile: str = flag("auto", "torch.compile: auto uses it where it pays", choices=("auto", "0", "1"))
     num_workers: int | None = flag(None, "processes that tokenise; without it one a core")
     local_rank: int = flag(-1, "set by launchers; leave it alone")

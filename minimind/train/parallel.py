@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.errors import UserError
@@ -24,6 +26,7 @@ class Parallel:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    sharded: bool = False  # FSDP2: parameters, gradients and optimizer state are split over the processes
 
     @property
     def is_main(self) -> bool:
@@ -39,8 +42,29 @@ class Parallel:
         """The model to call in training: under several processes it averages gradients in backward."""
         if self.world_size == 1:
             return model
+        if self.sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            return fully_shard(model)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
+
+    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict of a model that may be sharded, for the main process to write.
+
+        Under sharding all processes must take part, and the others get nothing.
+        """
+        if not self.sharded:
+            return model.state_dict()
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def accumulate(self, model: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager:
+        """Around a pass of `model`: processes exchange gradients in the last one of a step alone."""
+        if self.sharded:
+            model.set_requires_gradient_sync(not more_to_come)
+        elif more_to_come and self.world_size > 1:
+            return model.no_sync()
+        return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes (in place)."""
@@ -64,8 +88,11 @@ class Parallel:
             dist.destroy_process_group()
 
 
-def setup(device: str, dtype: str) -> Parallel:
-    """Join the processes of a launcher, if there is one, and settle device and precision."""
+def setup(device: str, dtype: str, strategy: str = "ddp") -> Parallel:
+    """Join the processes of a launcher, if there is one, and settle device and precision.
+
+    Args: strategy: "ddp", a whole model in each process, or "fsdp", one model over all of them.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
     if chosen.type == "cpu":
@@ -75,7 +102,8 @@ def setup(device: str, dtype: str) -> Parallel:
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size)
+    sharded = strategy == "fsdp" and world_size > 1
+    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded)
 
 
 def keep_freed_memory() -> None:

@@ -18,7 +18,7 @@ import torch
 from minimind.errors import UserError
 from minimind.paths import ROOT
 from minimind.train import loop
-from minimind.train.checkpoint import list_checkpoints
+from minimind.train.checkpoint import STATE, list_checkpoints, load_state
 from minimind.train.objective import Loss, NextToken
 from minimind.weights import load_model
 
@@ -131,7 +131,7 @@ def test_resuming_another_run_is_refused(options, texts, tmp_path):
 def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monkeypatch, capsys):
     first = run(replace(options, save_interval=2))
     kept = list_checkpoints(first.run_dir / "checkpoints")
-    assert [p.name for p in kept] == ["step_00000006.pt", "step_00000007.pt"]
+    assert [p.name for p in kept] == ["step_00000006", "step_00000007"]
     monkeypatch.setattr(loop.Trainer, "optimizer_step", lambda *_: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception):
         run(options)
@@ -139,7 +139,7 @@ def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monke
     assert "--from_resume 1 would go on" in capsys.readouterr().out
     monkeypatch.undo()
     run(replace(options, max_steps=3))
-    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000003.pt"]
+    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000003"]
     previous = first.run_dir / "previous"
     assert [p.name for p in list_checkpoints(previous / "checkpoints")] == [p.name for p in kept]
     assert (previous / "pretrain_64.pth").is_file()
@@ -155,7 +155,7 @@ def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatc
     monkeypatch.setattr(loop.Trainer, "optimizer_step", interrupted)
     assert run(options).exit_code > 128
     assert first.weights_path.read_bytes() == kept
-    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000007.pt"]
+    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000007"]
 
 
 def test_fine_tuning_refuses_the_weights_of_another_tokenizer(options, sft_options):
@@ -179,23 +179,23 @@ def test_too_little_memory_is_a_sentence(options, monkeypatch):
 def test_a_damaged_checkpoint_is_passed_over(options, capsys):
     whole = run(replace(options, save_interval=3))
     _, newest = list_checkpoints(whole.run_dir / "checkpoints")
-    flipped = bytearray(newest.read_bytes())
+    flipped = bytearray((newest / STATE).read_bytes())
     flipped[len(flipped) // 2] ^= 1
-    newest.write_bytes(flipped)
+    (newest / STATE).write_bytes(flipped)
     resumed = run(replace(options, save_interval=3, from_resume=True))
     out = capsys.readouterr().out
     assert f"{newest} is damaged" in out
     assert "resumed at step 6" in out
     assert metrics(resumed) == metrics(whole)
     for path in list_checkpoints(whole.run_dir / "checkpoints"):
-        path.write_bytes(b"cut short")
+        (path / STATE).write_bytes(b"cut short")
     with pytest.raises(UserError, match="all checkpoints"):
         run(replace(options, from_resume=True))
 
 
 def test_checkpoints_hold_fp32_weights(options):
     trainer = run(options)
-    state = torch.load(list_checkpoints(trainer.run_dir / "checkpoints")[-1], weights_only=True)
+    state = load_state(list_checkpoints(trainer.run_dir / "checkpoints")[-1])
     assert all(t.dtype == torch.float32 for t in state["model"].values())
     assert all(torch.equal(t, weights(trainer)[n]) for n, t in state["model"].items())
 
