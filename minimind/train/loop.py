@@ -138,10 +138,7 @@ class Trainer:
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
-        self.rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
-        # The processes share a step's rows evenly; a pass takes as many of them as fit at once.
-        self.rows_at_once = min(options.batch_size, math.ceil(self.rows_per_step / parallel.world_size))
-        self.steps_per_epoch = math.ceil(self.data.num_rows / self.rows_per_step)
+        self.share_out_rows()
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
         if self.warmup_steps is None:
@@ -307,6 +304,14 @@ class Trainer:
                 f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
             )
         return 0
+
+    def share_out_rows(self) -> None:
+        """How many rows an optimizer step has, and each process at once: the same share of it for all."""
+        options = self.options
+        self.rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
+        share = math.ceil(self.rows_per_step / self.parallel.world_size)
+        self.rows_at_once = min(options.batch_size, share)
+        self.steps_per_epoch = math.ceil(self.data.num_rows / self.rows_per_step)
 
     def step_batches(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this process for each step from `first_step` on."""

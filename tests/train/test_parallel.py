@@ -1,0 +1,123 @@
+"""The same training, however many processes share it and however they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.paths import ROOT
+from minimind.train.checkpoint import list_checkpoints
+from minimind.train.loop import Trainer
+from minimind.train.parallel import Parallel
+
+from .conftest import PRETRAIN, SIZE, metrics, run
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(options, batch_size, world_size):
+    ranks = []
+    for rank in range(world_size):
+        parallel = Parallel(torch.device("cpu"), torch.float32, rank, world_size)
+        given = replace(options, global_batch_size=10, batch_size=batch_size, epochs=2, max_steps=None)
+        trainer = Trainer.__new__(Trainer)  # without the processes that a model would have to be shared with
+        trainer.options, trainer.parallel = given, parallel
+        trainer.data = type("Data", (), {"num_rows": 43})
+        trainer.share_out_rows()
+        ranks.append(trainer)
+    assert {trainer.steps_per_epoch for trainer in ranks} == {5}
+    for epoch in range(2):
+        rows = []
+        for step in range(5 * epoch, 5 * epoch + 5):
+            passes = [trainer.places(step) for trainer in ranks]
+            assert len({len(rows) for rows in passes}) == 1
+            in_step = sorted(row for places in passes for place in places for row in place)
+            assert in_step == list(range(step % 5 * 10, min(step % 5 * 10 + 10, 43)))
+            assert all(len(place) <= batch_size for places in passes for place in places)
+            rows += in_step
+        assert rows == list(range(43))
+
+
+def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
+    """Train by the command, with its launcher; returns the losses."""
+    names = (
+        "optimizer",
+        "data_path",
+        "dtype",
+        "compile",
+        "learning_rate",
+        "max_steps",
+        "save_interval",
+        *SIZE,
+    )
+    flags = [f"--{name}={getattr(options, name)}" for name in names]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = [str(ROOT / "trainer" / "train_pretrain.py"), *flags, f"--out_dir={out_dir}", "--epochs=9"]
+    done = subprocess.run(
+        [sys.executable, *launch, *script, "--batch_size=4", "--global_batch_size=12", *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (out_dir / "runs" / "pretrain_64" / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture
+def alone(options) -> Trainer:
+    """One process, 20 steps of 12 rows, with a checkpoint half-way.
+
+    By AdamW: Muon rounds to bf16 within, and turns another last bit into another step (3e-5 of the loss here).
+    """
+    given = replace(
+        options, batch_size=12, accumulation_steps=1, max_steps=STEPS, epochs=9, optimizer="adamw"
+    )
+    return run(replace(given, save_interval=10), PRETRAIN)
+
+
+def stopped_half_way(out_dir: Path, copy: Path) -> Path:
+    """A copy of a finished run that has only its first checkpoint."""
+    shutil.copytree(out_dir, copy)
+    _, last = list_checkpoints(copy / "runs" / "pretrain_64" / "checkpoints")
+    last.with_suffix(".sha256").unlink()
+    return copy
+
+
+def assert_same(alone: Trainer, losses: list[float], out_dir: Path) -> None:
+    assert losses == pytest.approx(metrics(alone), rel=1e-5)
+    theirs = torch.load(out_dir / "pretrain_64.pth")
+    ours = torch.load(alone.weights_path)
+    assert all(torch.allclose(theirs[n].float(), t.float(), rtol=2e-3, atol=1e-4) for n, t in ours.items())
+
+
+def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_other_number(
+    options, alone, tmp_path
+):
+    """One process → 4 with copies; 2 that share the model → 1, and → 3 that share it."""
+    given = replace(options, max_steps=STEPS, save_interval=10, optimizer="adamw")
+    shared = tmp_path / "shared"
+    assert_same(alone, train(given, shared, 2, "--parallel=fsdp"), shared)
+    folder = shared / "runs" / "pretrain_64" / "checkpoints" / "step_00000020"
+    assert len(list(folder.glob("*.distcp"))) == 2
+
+    for name, start, processes, how in (
+        ("one to four", options.out_dir, 4, "ddp"),
+        ("two to one", shared, 1, "ddp"),
+        ("two to three", shared, 3, "fsdp"),
+    ):
+        out_dir = stopped_half_way(start, tmp_path / name)
+        losses = train(given, out_dir, processes, f"--parallel={how}", "--from_resume=1")
+        assert_same(alone, losses, out_dir)
