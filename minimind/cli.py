@@ -18,7 +18,7 @@ from minimind.errors import UserError, run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
-from minimind.stages.lora import check_name
+from minimind.stages.lora import check_name, check_names
 
 if TYPE_CHECKING:
     from minimind.model import MiniMind
@@ -98,7 +98,8 @@ class ModelOptions:
         """How to train a model of this shape, for messages."""
         flags = ("preset", "hidden_size", "num_hidden_layers", "use_moe")
         given = [f" --{name} {getattr(self, name)}" for name in flags if getattr(self, name) is not None]
-        return f"python {script}{''.join(given)}"
+        elsewhere = "" if self.out_dir == OUT_DIR else f" --out_dir {self.out_dir}"
+        return f"python {script}{''.join(given)}{elsewhere}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def merge(argv: Sequence[str] | None = None) -> int:
     from: every command takes that folder as its --out_dir.
     """
     options = parse_flags(MergeOptions, argv, merge.__doc__)
+    check_names(options.lora_name)
     import torch
 
     from minimind import lora
@@ -127,15 +129,15 @@ def merge(argv: Sequence[str] | None = None) -> int:
     config = options.config(tokenizer.vocab_size)
     base = options.out_dir / f"{options.from_weight}_{config.name}.pth"
     target = (options.output_dir or options.out_dir / "merged") / base.name
-    if target.resolve() == base.resolve():
-        raise UserError(f"--output_dir would overwrite {base}; choose another folder")
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --output_dir or move it")
     script = SCRIPTS.get(options.from_weight)
     model = load_model(
         base, options.command(script) if script else f"a stage that writes {base.name}", config
     )
     check_tokenizer(base, tokenizer)
     adapters = [options.adapter_path(name) for name in options.lora_name]
-    lora.load_adapters(model, adapters, options.command("trainer/train_lora.py"), tokenizer)
+    lora.load_adapters(model, adapters, options.command(SCRIPTS["lora"]), tokenizer)
     lora.merge(model)
 
     # Kept in fp32: sums rounded to fp16 would move logits by more than 1e-5.
@@ -180,8 +182,9 @@ def export_peft(argv: Sequence[str] | None = None) -> int:
     from minimind.lora import read_adapters
 
     path = options.adapter_path(options.lora_name)
-    make = options.command(f"trainer/train_lora.py --lora_name {options.lora_name}")
-    state = read_adapters(path, options.model(), make)
+    if (options.folder / peft.CONFIG).exists():
+        raise UserError(f"{options.folder} holds an adapter already; choose another --peft_dir or move it")
+    state = read_adapters(path, options.model(), options.command(SCRIPTS["lora"]))
     peft.export_peft(state, options.folder, options.base_model)
     print(f"{options.folder}: {path.name} for PEFT")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -29,7 +30,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         reason = error.strerror if isinstance(error, OSError) else "the write broke off"
         raise UserError(f"could not write {path}: {reason}{free_space(path.parent)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # said above, if it matters
+            temporary.unlink(missing_ok=True)
 
 
 def free_space(folder: Path) -> str:

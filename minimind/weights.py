@@ -45,9 +45,15 @@ def load_state(path: Path, how_to_make: str) -> dict[str, Tensor]:
             f"{path} is damaged, or not written by a training stage; copy it again or make it anew with: "
             f"{how_to_make}"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(map(is_weight, state, state.values())):
         raise UserError(f"{path} holds no state dict of tensors; expected a file that a stage wrote to out/")
     return state
+
+
+def is_weight(name: object, value: object) -> bool:
+    """Whether an entry of a file is a plain tensor of real numbers under a name."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_complex()
+    return isinstance(name, str) and plain
 
 
 def infer_config(state: dict[str, Tensor], path: Path) -> ModelConfig:

@@ -23,6 +23,7 @@ from minimind.errors import UserError
 from minimind.flags import boolean
 from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
+from minimind.stages.lora import check_names
 from minimind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def adapter_names(arguments: argparse.Namespace) -> list[str]:
     names = [name for name in arguments.lora_name if name != "None"]
     if names and arguments.model_mode == 0:
         raise UserError("--lora_name: adapters belong to a model that answers; choose --model_mode 1 to 4")
+    check_names(names)
     return names
 
 
@@ -197,5 +199,5 @@ def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokeniz
         from minimind.lora import load_adapters
 
         files = [out_dir / "lora" / f"{name}_{config.name}.pth" for name in adapters]
-        load_adapters(model, files, command("trainer/train_lora.py", shape, out_dir), tokenizer)
+        load_adapters(model, files, command(SCRIPTS["lora"], shape, out_dir), tokenizer)
     return model.to(device).eval()

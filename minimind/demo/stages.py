@@ -190,11 +190,12 @@ def distillation(demo: Demo) -> Results:
     teacher = demo.with_folder("teacher", "pretrain")
     teacher.run("train_full_sft.py", *passages, *TINY, *TEACHER)
     texts = [f"--data_path={demo.data.pretrain}", f"--eval_path={demo.data.pretrain_val}"]
-    demo.run("train_pretrain.py", *texts, *STUDENT, *STUDENT_PRETRAIN)
-    student = [*passages, *STUDENT, *STUDENT_SFT]
-    demo.run("train_full_sft.py", *student)
-    demo.run("train_distillation.py", f"--teacher_path={teacher.weights('full_sft')}", *student)
-    alone, taught = (last_bits_per_byte(demo.log(stage, "128")) for stage in ("full_sft", "full_dist"))
+    student = demo._replace(out_dir=demo.out_dir / "student")
+    student.run("train_pretrain.py", *texts, *STUDENT, *STUDENT_PRETRAIN)
+    lessons = [*passages, *STUDENT, *STUDENT_SFT]
+    student.run("train_full_sft.py", *lessons)
+    student.run("train_distillation.py", f"--teacher_path={teacher.weights('full_sft')}", *lessons)
+    alone, taught = (last_bits_per_byte(student.log(stage, "128")) for stage in ("full_sft", "full_dist"))
     return Results(
         [
             Metric(
@@ -206,7 +207,10 @@ def distillation(demo: Demo) -> Results:
             )
         ],
         [],
-        [("Student, alone", demo.log("full_sft", "128")), ("Student, taught", demo.log("full_dist", "128"))],
+        [
+            ("Student, alone", student.log("full_sft", "128")),
+            ("Student, taught", student.log("full_dist", "128")),
+        ],
     )
 
 

@@ -91,8 +91,14 @@ def import_peft(folder: Path, model: MiniMind) -> dict[str, Tensor]:
             )
         state[f"{match[1]}.lora.{match[2]}.weight"] = tensor.float()
     check_fits(state, model, folder / WEIGHTS, "python trainer/train_lora.py")
-    for place, rank in adapter_ranks(state).items():
-        state[f"{place}.lora.B.weight"] *= scale(config, place, rank)
+    try:
+        scales = {place: scale(config, place, rank) for place, rank in adapter_ranks(state).items()}
+    except (ValueError, TypeError, AttributeError, re.error):
+        raise UserError(
+            f"{folder / CONFIG} is damaged: its lora_alpha or alpha_pattern is no number"
+        ) from None
+    for place, factor in scales.items():
+        state[f"{place}.lora.B.weight"] *= factor
     return state
 
 
@@ -100,7 +106,10 @@ def scale(config: dict[str, Any], place: str, rank: int) -> float:
     """alpha / r for one projection; alpha / √r if rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732)."""
     patterns = (config.get("alpha_pattern") or {}).items()
     alphas = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", place))
-    return next(alphas, config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = float(next(alphas, config["lora_alpha"]))
+    if not math.isfinite(alpha):
+        raise ValueError(alpha)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -112,7 +121,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
         float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged, or not of a LoRA adapter; copy it again") from None
     unusual = [name for name in NOT_PLAIN if config.get(name) not in (None, False, [], "none")]
     if config.get("init_lora_weights") not in HARMLESS_STARTS:

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minimind.train.distillation import Distillation
     from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
 
-    command = f"python {SCRIPTS['full_sft']} --preset {options.teacher_preset}; or give --teacher_path"
+    if options.teacher_path and not options.teacher_path.is_file():
+        raise UserError(f"--teacher_path {options.teacher_path}: there is no such weight file")
+    command = f"python {SCRIPTS['full_sft']} --preset {options.teacher_preset}"
     objective = Distillation(options.teacher, command, options.alpha, options.temperature)
     starts_from = ("full_sft", "pretrain")
     return train(Stage("full_dist", "conversation", starts_from, objective), options)

@@ -29,8 +29,8 @@ class DPOOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta < float("inf"):  # refuses NaN too
-            raise UserError(f"--beta is {self.beta}; it must be above 0")
+        if not 0 < self.beta <= 100:  # refuses NaN too
+            raise UserError(f"--beta is {self.beta}; it must be above 0 and at most 100")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,14 +36,29 @@ class LoRAOptions(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name(self.lora_name)
+        if not 1 <= self.lora_rank <= 1024:
+            raise UserError(f"--lora_rank is {self.lora_rank}; it must be 1 to 1024")
+        if self.from_weight == "none":
+            raise UserError("--from_weight none: an adapter needs trained weights beside it; name a stage")
         if self.data_path is None:
             object.__setattr__(self, "data_path", DATASET_DIR / f"{self.lora_name}.jsonl")
 
 
 def check_name(lora_name: str) -> None:
     """Raises: UserError for what cannot be part of a file's name."""
-    if not lora_name or set(lora_name) & set("/\\"):
-        raise UserError(f"--lora_name is {lora_name!r}; give a name without / and \\, such as lora_medical")
+    if not lora_name or set(lora_name) & set("/\\\0") or lora_name[0] == "." or len(lora_name.encode()) > 150:
+        raise UserError(
+            f"--lora_name is {lora_name[:200]!r}; give a short name that does not begin with a dot and has no "
+            "/ and \\ in it, such as lora_medical"
+        )
+
+
+def check_names(lora_names: Sequence[str]) -> None:
+    """Raises: UserError for a name that is none, or that comes twice."""
+    for name in lora_names:
+        check_name(name)
+        if list(lora_names).count(name) > 1:
+            raise UserError(f"--lora_name names {name} twice; its adapters would be added twice")
 
 
 def stage(options: LoRAOptions) -> Stage:

@@ -44,6 +44,8 @@ def load_datasets(
     def rows(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
         return rows_of(store, tokenizer, options.max_seq_len, options.seed, documents, tag_weight)
 
+    if options.data_path.is_dir():
+        raise UserError(f"--data_path {options.data_path} is a folder; name one JSONL file in it")
     if not options.data_path.is_file():
         raise UserError(
             f"there is no data at {options.data_path}; put a JSONL file there (dataset/README.md shows "

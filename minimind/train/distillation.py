@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from minimind.data.batches import Batch
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
+from minimind.train.checkpoint import file_checksum
 from minimind.train.losses import at_targets
 from minimind.train.monitor import training_flops
 from minimind.train.objective import Loss, Objective, with_balance
@@ -45,6 +47,9 @@ class Distillation(Objective):
         check_tokenizer(self.teacher_path, tokenizer)
         self.teacher = teacher.to(parallel.device).requires_grad_(False).eval()
         self.flops_per_token = training_flops(self.teacher) / 2  # it only goes forward
+
+    def identity(self) -> dict[str, Any]:
+        return {"teacher (its content)": file_checksum(self.teacher_path)}
 
     def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
         student = at_targets(model, batch)

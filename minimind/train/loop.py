@@ -17,13 +17,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 
 from minimind.config import model_config
@@ -90,7 +91,9 @@ def train(stage: Stage, options: TrainOptions) -> int:
     """
     parallel = setup(options.device, options.dtype, options.parallel)
     try:
-        code = Trainer(stage, options, parallel).run()
+        trainer = Trainer(stage, options, parallel)
+        with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
+            code = trainer.run()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -100,6 +103,16 @@ def train(stage: Stage, options: TrainOptions) -> int:
         ) from error
     parallel.close()
     return code
+
+
+def alone_in(run_dir: Path) -> AcquireReturnProxy:
+    """Hold a run's folder. Raises: UserError when another process is at work in it."""
+    try:
+        return FileLock(run_dir / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is at work in {run_dir}; wait for it, or choose another --out_dir"
+        ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -134,6 +147,8 @@ class Trainer:
         if stage.prepare:
             stage.prepare(self.model)
         self.model.to(parallel.device)
+        self.objective = stage.objective
+        self.objective.setup(self.config, self.tokenizer, parallel)
         datasets = load_datasets(stage.data_kind, options, self.tokenizer, parallel.is_main, stage.tag_weight)
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
@@ -144,8 +159,6 @@ class Trainer:
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.total_steps // 50)
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
-        self.objective = stage.objective
-        self.objective.setup(self.config, self.tokenizer, parallel)
         self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
 
         self.compiled = self.compile()
@@ -177,7 +190,12 @@ class Trainer:
         given = {name: getattr(self.options, name) for name in same}
         flags = [f" --{n} {v}" for n, v in given.items() if v not in (None, False, OUT_DIR)]
         script = SCRIPTS.get(paths[path])
-        command = f"python {script}{''.join(flags)}" if script else f"a stage that writes {path.name}"
+        if not script and not path.is_file():
+            tail = f"_{self.config.name}.pth"
+            found = sorted(p.name.removesuffix(tail) for p in self.options.out_dir.glob(f"*{tail}"))
+            there = ", ".join(found) or "none of this size"
+            raise UserError(f"--from_weight {from_weight}: there is no {path}; there are: {there}")
+        command = f"python {script}{''.join(flags)}"
         model = load_model(path, command, expected=self.config)
         check_tokenizer(path, self.tokenizer)
         self.started_from = path
@@ -229,15 +247,23 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
         shared = {item.name for item in dataclasses.fields(TrainOptions)}
-        own = [item.name for item in dataclasses.fields(self.options) if item.name not in shared]
-        options = {name: plain(getattr(self.options, name)) for name in (*FIXED_IN_A_RUN, *own)}
+        own = {item.name for item in dataclasses.fields(self.options)} - shared
+        options = {name: getattr(self.options, name) for name in (*FIXED_IN_A_RUN, *sorted(own))}
+        # Of files the content counts, wherever they are.
+        options = {name: value for name, value in options.items() if not isinstance(value, Path)}
         data = {
             "data (its content)": self.data_sha256,
             "rows to train on": self.data.num_rows,
             "rows of an optimizer step": self.rows_per_step,
             "tokenizer": self.tokenizer.fingerprint,
         }
-        return options | data | {"dtype": str(self.parallel.dtype)} | dataclasses.asdict(self.config)
+        return (
+            options
+            | data
+            | self.objective.identity()
+            | {"dtype": str(self.parallel.dtype)}
+            | dataclasses.asdict(self.config)
+        )
 
     def check_same_run(self, saved: dict[str, Any]) -> None:
         now = self.identity()
@@ -491,7 +517,7 @@ class Trainer:
                 f"out since no answer fits; {report.lost_target_tokens:,} answer tokens are lost"
             )
         if self.held_out is None:
-            say("data: too few records to hold any out, so there is no evaluation; --eval_path names a file")
+            say("data: no record to hold out that fits, so there is no evaluation; --eval_path names a file")
 
     def evaluate(self, step: int, full: bool) -> None:
         if self.held_out is None:

@@ -35,6 +35,10 @@ class Objective:
     def setup(self, config: ModelConfig, tokenizer: Tokenizer, parallel: Parallel) -> None:
         """Once in every process, before its first step; `config` is the trained model's."""
 
+    def identity(self) -> dict[str, Any]:
+        """What else decides the results of a run: a resumed one must have the same."""
+        return {}
+
     def begin(
         self, model: MiniMind, datasets: list[PackedDataset], parallel: Parallel, batch_size: int
     ) -> None:

@@ -39,7 +39,7 @@ def save_adapter(path: Path) -> None:
     for name, parameter in model.named_parameters():
         if ".lora." in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    save_lora(model, path)
+    save_lora(model.state_dict(), path)
 
 
 @pytest.fixture(scope="module")

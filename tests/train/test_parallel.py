@@ -80,7 +80,7 @@ def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
 def alone(options) -> Trainer:
     """One process, 20 steps of 12 rows, with a checkpoint half-way.
 
-    By AdamW: Muon rounds to bf16 within, and turns another last bit into another step (3e-5 of the loss here).
+    By AdamW: Muon rounds to bf16 within, and turns another last bit into another step (3e-5 of the loss).
     """
     given = replace(
         options, batch_size=12, accumulation_steps=1, max_steps=STEPS, epochs=9, optimizer="adamw"
