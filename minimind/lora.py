@@ -155,8 +155,8 @@ def read_adapters(
         tail = f"_{model.config.name}.pth"
         there = ", ".join(sorted(p.name.removesuffix(tail) for p in path.parent.glob(f"*{tail}"))) or "none"
         raise UserError(
-            f"there is no adapter at {path} (for this model there are: {there}); make one with: {how_to_make} "
-            f"--lora_name {path.name.removesuffix(tail)}"
+            f"there is no adapter at {path} (for this model there are: {there}); make one with: "
+            f"{how_to_make} --lora_name {path.name.removesuffix(tail)}"
         )
     state = {name: tensor.float() for name, tensor in load_state(path, how_to_make).items()}
     check_fits(state, model, path, how_to_make)

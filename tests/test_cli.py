@@ -127,8 +127,13 @@ def test_merge_keeps_the_tokenizers_apart(out, minimind):
 
 
 def test_what_merge_refuses(out, minimind):
-    with pytest.raises(UserError, match="--output_dir would overwrite"):
+    with pytest.raises(UserError, match=r"full_sft_64\.pth exists already; choose another --output_dir"):
         minimind("merge", "--lora_name", "all", "--output_dir", out)
+    with pytest.raises(UserError, match="names all twice"):
+        minimind("merge", "--lora_name", "all", "all")
+    (out / "file").touch()
+    with pytest.raises(UserError, match=r"could not write .*file.full_sft_64\.pth: (Not a dir|File ex)"):
+        minimind("merge", "--lora_name", "all", "--output_dir", out / "file")
     with pytest.raises(
         UserError, match=r"there are: all, attention\); make one with: python trainer/train_lora"
     ):
@@ -138,6 +143,30 @@ def test_what_merge_refuses(out, minimind):
 
 
 # ---- PEFT ----
+
+
+def test_an_adapter_of_peft_is_not_overwritten(out, minimind):
+    minimind("export-peft", "--lora_name", "all")
+    with pytest.raises(UserError, match="holds an adapter already; choose another --peft_dir"):
+        minimind("export-peft", "--lora_name", "all")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": "many"},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": {"(": 3}},
+    ],
+)
+def test_scales_that_are_no_numbers_are_refused(out, minimind, damage):
+    minimind("export-peft", "--lora_name", "all")
+    path = out / "peft" / "all_64" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
+        minimind("import-peft", "--lora_name", "again", "--peft_dir", path.parent)
 
 
 @pytest.mark.parametrize(("name", "config"), [("all", DENSE), ("attention", MOE)], ids=["dense", "moe"])

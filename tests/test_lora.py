@@ -293,11 +293,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(options, tmp_path, monkeypa
 def test_options(options):
     assert LoRAOptions().lora_targets.split(",") == list(TARGETS)
     assert LoRAOptions(lora_name="lora_identity").data_path == DATASET_DIR / "lora_identity.jsonl"
-    for name in ("", "../x", "a\\b"):
+    for name in ("", "../x", "a\\b", "..", "名" * 60):
         with pytest.raises(UserError, match="--lora_name is"):
             LoRAOptions(lora_name=name)
     for changes, message in (
-        ({"lora_rank": 0}, "--lora_rank is 0; it must be at least 1"),
         ({"lora_targets": "q_proj,gate"}, "--lora_targets names 'gate'; choose from q_proj,"),
         ({"lora_targets": ""}, "--lora_targets names ''; choose"),
         ({"from_weight": "rlhf"}, r"rlhf_64\.pth"),
@@ -305,6 +304,11 @@ def test_options(options):
         wrong = replace(options, **changes)
         with pytest.raises(UserError, match=message):
             run(wrong, stage(wrong))
+    for rank in (0, 10**10):
+        with pytest.raises(UserError, match=f"--lora_rank is {rank}; it must be 1 to 1024"):
+            replace(options, lora_rank=rank)
+    with pytest.raises(UserError, match="an adapter needs trained weights beside it"):
+        replace(options, from_weight="none")
 
 
 def test_the_command(options):

@@ -82,7 +82,7 @@ class Talk:
             print(file=files[shown or "answer"], flush=True)
             if shown == "thinking" and self.notes is not sys.stdout:
                 print(flush=True)  # a script gets a line for each question, if an empty one
-                print("no answer: the thinking took all of --max_new_tokens", file=self.notes)
+                print("no answer: the thinking does not end", file=self.notes)
 
     def interactively(self) -> None:
         """Answer the automatic questions or typed ones, until there are no more."""

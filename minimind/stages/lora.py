@@ -48,8 +48,8 @@ def check_name(lora_name: str) -> None:
     """Raises: UserError for what cannot be part of a file's name."""
     if not lora_name or set(lora_name) & set("/\\\0") or lora_name[0] == "." or len(lora_name.encode()) > 150:
         raise UserError(
-            f"--lora_name is {lora_name[:200]!r}; give a short name that does not begin with a dot and has no "
-            "/ and \\ in it, such as lora_medical"
+            f"--lora_name is {lora_name[:200]!r}; give a short name that begins with no dot and has no / and "
+            "\\ in it, such as lora_medical"
         )
 
 

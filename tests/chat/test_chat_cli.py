@@ -365,9 +365,9 @@ def test_a_script_gets_the_answer_without_the_thoughts(out, capsys, monkeypatch)
     arguments = ["--out_dir", str(out), "--device", "cpu", "--model_mode", "3"]
     cli.main([*arguments, "--prompt", "一", "--prompt", "二"])
     printed = capsys.readouterr()
-    assert printed.out == "2\n"
+    assert printed.out == "2\n\n"  # a line for each prompt
     assert "思考 / thinking:\n1+1\n回答 / answer:\n[" in printed.err
-    assert "思考 / thinking:\n1+1\n[10 tokens" in printed.err
+    assert "思考 / thinking:\n1+1\nno answer: the thinking does not end\n[10 tokens" in printed.err
 
 
 def test_thinking_that_is_stopped_is_kept_for_the_next_question(talk, monkeypatch):

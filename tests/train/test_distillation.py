@@ -117,6 +117,16 @@ def test_a_resumed_run_is_the_same_run(distill_options):
     assert all(torch.equal(t, expected[n]) for n, t in weights(resumed).items())
 
 
+def test_another_teacher_makes_another_run(distill_options):
+    path = write_teacher(distill_options)
+    distill(distill_options, path)
+    elsewhere = path.rename(path.with_name("teacher.pth"))
+    distill(replace(distill_options, from_resume=True), elsewhere)
+    write_teacher(distill_options, replace(TEACHER, num_hidden_layers=2))
+    with pytest.raises(UserError, match=r"belongs to another run: teacher \(its content\) was"):
+        distill(replace(distill_options, from_resume=True), path)
+
+
 def test_mistakes_get_a_sentence(distill_options, tmp_path):
     with pytest.raises(UserError, match=r"no weights at .*full_sft_768\.pth; make them with: make it"):
         distill(distill_options, distill_options.teacher)

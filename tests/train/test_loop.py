@@ -167,6 +167,19 @@ def test_fine_tuning_refuses_the_weights_of_another_tokenizer(options, sft_optio
         run(sft_options, SFT)
 
 
+def test_two_runs_do_not_share_a_folder(options):
+    trainer = run(replace(options, max_steps=1))
+    with loop.alone_in(trainer.run_dir), pytest.raises(UserError, match="another run is at work in"):
+        loop.train(PRETRAIN, options)
+    assert loop.train(PRETRAIN, options) == 0
+
+
+def test_weights_that_no_stage_is_known_for_are_not_guessed(options):
+    run(options)
+    with pytest.raises(UserError, match=r"--from_weight sft: there is no .*; there are: pretrain"):
+        run(replace(options, from_weight="sft"))
+
+
 def test_too_little_memory_is_a_sentence(options, monkeypatch):
     def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
