@@ -77,6 +77,7 @@ class PackedDataset:
 
     Attributes:
         num_rows: rows in an epoch, the same in all.
+        num_tokens: positions with a token in an epoch.
         padding_fraction: positions without a token, of all positions.
         report: how many documents were split, cut or dropped; see `packing.CutReport`.
     """
@@ -104,7 +105,8 @@ class PackedDataset:
         self._target_weights = np.array([0, 1, tag_weight], np.float32)  # by the store's class of a token
         self._packing = Packing(segments, max_seq_len, seed)
         self.num_rows = len(self._packing.rows)
-        self.padding_fraction = 1 - segments.lengths.sum() / max(self.num_rows * max_seq_len, 1)
+        self.num_tokens = int(segments.lengths.sum(dtype=np.int64))
+        self.padding_fraction = 1 - self.num_tokens / max(self.num_rows * max_seq_len, 1)
 
     def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> Batch:
         """Rows `row_start` … `row_start + row_count - 1` of an epoch; fewer where the epoch ends before.
@@ -144,6 +146,10 @@ class PackedDataset:
         """Where each stretch of a document begins in the store, and how many positions it takes."""
         every = self._packing.segments
         return zip(every.starts[segments], every.lengths[segments], strict=True)
+
+    def tokens(self, epoch: int, rows: int) -> int:
+        """Positions with a token in the first `rows` rows of an epoch."""
+        return self._packing.tokens(epoch, rows) if rows else 0
 
     def source_lines(self, epoch: int, row: int) -> list[int]:
         """The lines of the JSONL file that a row was made from, to name them when its loss is not finite."""

@@ -243,6 +243,12 @@ class Packing:
         first, end = self.rows.first_slots[self._order[index] :][:2]
         return self._occupants[first:end]
 
+    def tokens(self, epoch: int, rows: int) -> int:
+        """Positions that hold a token in the first `rows` rows of `epoch`."""
+        in_row = np.add.reduceat(self.rows.slot_lengths, self.rows.first_slots[:-1], dtype=np.int64)
+        order = self._shuffle(epoch)[0]
+        return int(in_row[order[:rows]].sum())
+
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the rows (rows,), and the segment in each slot (segments,)."""
         generator = np.random.default_rng([self.seed, epoch])

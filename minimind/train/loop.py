@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,8 +45,9 @@ from minimind.train.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
-from minimind.train.monitor import Monitor, duration, matmul_rate, training_flops
+from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import build_optimizers, clip_gradients, learning_rate_scale
 from minimind.train.options import TrainOptions
@@ -90,10 +91,19 @@ def train(stage: Stage, options: TrainOptions) -> int:
     Raises: UserError for whatever the user can mend, before or during training.
     """
     parallel = setup(options.device, options.dtype, options.parallel)
-    try:
+    with memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
         with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
             code = trainer.run()
+    parallel.close()
+    return code
+
+
+@contextmanager
+def memory_errors_explained(parallel: Parallel) -> Iterator[None]:
+    """Turn running out of memory into a UserError that says what to lower."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -101,8 +111,6 @@ def train(stage: Stage, options: TrainOptions) -> int:
             f"not enough memory on {parallel.device}; lower --batch_size (and raise --accumulation_steps as "
             "much), --max_seq_len or the size of the model"
         ) from error
-    parallel.close()
-    return code
 
 
 def alone_in(run_dir: Path) -> AcquireReturnProxy:
@@ -125,6 +133,9 @@ class Trainer:
 
     def __init__(self, stage: Stage, options: TrainOptions, parallel: Parallel) -> None:
         self.stage, self.options, self.parallel = stage, options, parallel
+        self.began = time.perf_counter()
+        self.seconds_before, self.tokens = 0.0, 0  # spent before a resume, and trained on in all
+        self.is_new = True  # nothing of it is saved yet
         self.tokenizer = Tokenizer.load(options.tokenizer_path)
         self.config = model_config(
             options.preset,
@@ -171,6 +182,17 @@ class Trainer:
     @property
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with preparation, evaluation and what was before a resume."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, those of a last epoch that is broken off counted row by row."""
+        epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
+        return epochs * self.data.num_tokens + self.data.tokens(epochs, steps * self.rows_per_step)
 
     def datasets(self) -> list[PackedDataset]:
         return [self.data, self.held_out] if self.held_out else [self.data]
@@ -241,6 +263,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"], self.datasets())
         set_random_state(state["random"])
+        self.seconds_before, self.tokens = state.get("spent", (0.0, 0))
         say(f"resumed at step {state['step']} of {self.total_steps}")
         return state["step"]
 
@@ -298,13 +321,12 @@ class Trainer:
             self.introduce()
             if self.is_new:
                 self.objective.begin(self.model, self.datasets(), self.parallel, options.batch_size)
-            began, tokens = time.perf_counter(), 0
             done = start
             try:
                 for batches in steps:
                     values = self.optimizer_step(done, batches, signals)
                     done += 1
-                    tokens += int(values["tokens"])
+                    self.tokens += int(values["tokens"])
                     monitor.step(done, values)
                     last = done == self.total_steps
                     if last or done % self.eval_interval == 0:
@@ -324,11 +346,9 @@ class Trainer:
                 )
                 return 128 + (signals.received or signal.SIGTERM)
             self.save_final(done, start)
-            seconds = time.perf_counter() - began
-            monitor.say(
-                f"{self.weights_path}: {tokens:,} tokens in {duration(seconds)} "
-                f"({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
-            )
+            cost = self.cost()
+            self.write_settings(cost=cost.table())
+            monitor.say(f"{self.weights_path}: {cost}")
         return 0
 
     def share_out_rows(self) -> None:
@@ -464,6 +484,12 @@ class Trainer:
         if self.parallel.is_main:
             print(message, flush=True)
 
+    def cost(self) -> Cost:
+        """What the run has taken up to now."""
+        device = self.parallel.device
+        price = self.options.price_per_hour
+        return Cost(self.seconds, self.tokens, peak_memory(device), device_name(device), price)
+
     def settings(self) -> dict[str, Any]:
         """All that a reader of the run's results needs to know, as plain values."""
         options = {name: plain(value) for name, value in vars(self.options).items()}
@@ -483,12 +509,17 @@ class Trainer:
             "torch": torch.__version__,
         }
 
+    def write_settings(self, **more: Any) -> None:
+        """`run.json`, for a reader of the results and for the stage that goes on from them."""
+        if self.parallel.is_main:
+            text = json.dumps(self.settings() | more, indent=2, ensure_ascii=False)
+            atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
+
     def introduce(self) -> None:
         """Write `run.json` and say in a few lines what is about to happen."""
         if not self.parallel.is_main:
             return
-        text = json.dumps(self.settings(), indent=2, ensure_ascii=False)
-        atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
+        self.write_settings()
         say, report, total = self.monitor.say, self.data.report, self.model.num_parameters
         part = "" if self.num_trainable == total else f"{self.num_trainable / 1e6:.2f} M of "
         say(
@@ -539,6 +570,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "objective": self.objective.state_dict(self.datasets()),
             "random": random_state(),
+            "spent": (self.seconds, self.tokens),
         }
         save_checkpoint(folder, step, state, self.model, self.optimizers, self.parallel)
         self.save_weights()

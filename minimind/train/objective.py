@@ -31,6 +31,7 @@ class Objective:
     """What the loop asks of an objective. `loss` has to be written; the rest is for those who need it."""
 
     flops_per_token = 0.0  # spent beside the trained model, by a teacher for instance
+    scores_first = False  # whether `begin` has the model read all data once
 
     def setup(self, config: ModelConfig, tokenizer: Tokenizer, parallel: Parallel) -> None:
         """Once in every process, before its first step; `config` is the trained model's."""

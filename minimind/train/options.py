@@ -66,6 +66,7 @@ class TrainOptions:
     eval_interval: int | None = flag(None, "steps between evaluations; without it ten in the run")
     use_wandb: bool = flag(False, "also log to Weights & Biases")
     wandb_project: str = flag("MiniMind", "project name there")
+    price_per_hour: float | None = flag(None, "¥ an hour for all devices, to say what the run costs")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
@@ -88,6 +89,6 @@ class TrainOptions:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
-        for name in ("weight_decay", "grad_clip", "warmup_iters"):
+        for name in ("weight_decay", "grad_clip", "warmup_iters", "price_per_hour"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")

@@ -29,6 +29,8 @@ class Preference(Objective):
         length_normalised: compare log-probabilities per token of an answer, not those of whole answers.
     """
 
+    scores_first = True
+
     def __init__(self, beta: float, length_normalised: bool = False) -> None:
         self.beta, self.length_normalised = beta, length_normalised
 
