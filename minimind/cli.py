@@ -36,6 +36,7 @@ COMMANDS = {
     "dpo": Command("minimind.stages.dpo:main", "learn from pairs of a better and a worse answer"),
     "reason": Command("minimind.stages.reason:main", "learn to think before answering"),
     "distill": Command("minimind.stages.distill:main", "learn from the probabilities of a larger model"),
+    "estimate": Command("minimind.estimate:main", "what a stage will cost: time, money, memory"),
     "chat": Command("minimind.chat.cli:main", "talk to a model"),
     "merge": Command("minimind.cli:merge", "add adapters to a model's weights"),
     "export-peft": Command("minimind.cli:export_peft", "write an adapter as a PEFT folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind.config import PRESETS
 from minimind.errors import UserError
@@ -12,6 +13,9 @@ from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 from minimind.stages import SCRIPTS
 from minimind.stages.sft import SFTOptions
+
+if TYPE_CHECKING:
+    from minimind.train.loop import Stage
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,19 @@ class DistillOptions(SFTOptions):
         return self.teacher_path or self.out_dir / f"full_sft_{PRESETS[self.teacher_preset].name}.pth"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_flags(DistillOptions, argv, __doc__)
+def stage(options: DistillOptions) -> Stage:
     from minimind.train.distillation import Distillation
-    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+    from minimind.train.loop import Stage
 
     if options.teacher_path and not options.teacher_path.is_file():
         raise UserError(f"--teacher_path {options.teacher_path}: there is no such weight file")
     command = f"python {SCRIPTS['full_sft']} --preset {options.teacher_preset}"
     objective = Distillation(options.teacher, command, options.alpha, options.temperature)
-    starts_from = ("full_sft", "pretrain")
-    return train(Stage("full_dist", "conversation", starts_from, objective), options)
+    return Stage("full_dist", "conversation", ("full_sft", "pretrain"), objective)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(DistillOptions, argv, __doc__)
+    from minimind.train.loop import train  # PyTorch loads after --help has answered
+
+    return train(stage(options), options)

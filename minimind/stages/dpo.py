@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 from minimind.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from minimind.train.loop import Stage
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,16 @@ class DPOOptions(TrainOptions):
             raise UserError(f"--beta is {self.beta}; it must be above 0 and at most 100")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_flags(DPOOptions, argv, __doc__)
-    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+def stage(options: DPOOptions) -> Stage:
+    from minimind.train.loop import Stage
     from minimind.train.preference import Preference
 
     objective = Preference(options.beta, options.length_normalised)
-    return train(Stage("rlhf", "preference", starts_from=("full_sft",), objective=objective), options)
+    return Stage("rlhf", data_kind="preference", starts_from=("full_sft",), objective=objective)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(DPOOptions, argv, __doc__)
+    from minimind.train.loop import train  # PyTorch loads after --help has answered
+
+    return train(stage(options), options)

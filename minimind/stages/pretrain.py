@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 from minimind.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from minimind.train.loop import Stage
 
 
 @dataclass(frozen=True)
@@ -16,8 +20,14 @@ class PretrainOptions(TrainOptions):
     data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on, plain or .gz")
 
 
+def stage(options: PretrainOptions) -> Stage:
+    from minimind.train.loop import Stage
+
+    return Stage("pretrain", data_kind="pretrain")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(PretrainOptions, argv, __doc__)
-    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+    from minimind.train.loop import train  # PyTorch loads after --help has answered
 
-    return train(Stage("pretrain", data_kind="pretrain"), options)
+    return train(stage(options), options)

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 from minimind.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from minimind.train.loop import Stage
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,19 @@ class ReasonOptions(TrainOptions):
             raise UserError(f"--tag_weight is {self.tag_weight}; it must be above 0 and at most 1e6")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_flags(ReasonOptions, argv, __doc__)
-    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+def stage(options: ReasonOptions) -> Stage:
+    from minimind.train.loop import Stage
 
-    stage = Stage(
+    return Stage(
         "reason",
         data_kind="reasoning",
         starts_from=("rlhf", "full_sft"),
         tag_weight=options.tag_weight,
     )
-    return train(stage, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(ReasonOptions, argv, __doc__)
+    from minimind.train.loop import train  # PyTorch loads after --help has answered
+
+    return train(stage(options), options)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 from minimind.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from minimind.train.loop import Stage
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,14 @@ class SFTOptions(TrainOptions):
     accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
 
 
+def stage(options: SFTOptions) -> Stage:
+    from minimind.train.loop import Stage
+
+    return Stage("full_sft", data_kind="conversation", starts_from=("pretrain",))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(SFTOptions, argv, __doc__)
-    from minimind.train.loop import Stage, train  # PyTorch loads after --help has answered
+    from minimind.train.loop import train  # PyTorch loads after --help has answered
 
-    return train(Stage("full_sft", data_kind="conversation", starts_from=("pretrain",)), options)
+    return train(stage(options), options)
