@@ -37,6 +37,7 @@ COMMANDS = {
     "reason": Command("minimind.stages.reason:main", "learn to think before answering"),
     "distill": Command("minimind.stages.distill:main", "learn from the probabilities of a larger model"),
     "estimate": Command("minimind.estimate:main", "what a stage will cost: time, money, memory"),
+    "doctor": Command("minimind.doctor.cli:main", "check a data file, or this machine"),
     "chat": Command("minimind.chat.cli:main", "talk to a model"),
     "merge": Command("minimind.cli:merge", "add adapters to a model's weights"),
     "export-peft": Command("minimind.cli:export_peft", "write an adapter as a PEFT folder"),

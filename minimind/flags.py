@@ -25,9 +25,9 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write 1 or 0")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default: Any, help: str, *, choices: Sequence[str] | None = None, positional: bool = False) -> Any:
+    """A dataclass field that is a command-line flag, or an argument without a name that may be left out."""
+    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
 
 
 def parse_flags(options: type[Options], argv: Sequence[str] | None, description: str) -> Options:
@@ -41,7 +41,8 @@ def parse_flags(options: type[Options], argv: Sequence[str] | None, description:
     )
     hints = typing.get_type_hints(options)
     for item in fields(options):
-        parser.add_argument(f"--{item.name}", **argument(item, hints[item.name]))
+        name = item.name if item.metadata["positional"] else f"--{item.name}"
+        parser.add_argument(name, **argument(item, hints[item.name]))
     return options(**vars(parser.parse_args(argv)))
 
 
@@ -52,6 +53,8 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
     shown = "" if default in (None, "") else f" (default: {default})"
     arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
+    if item.metadata["positional"]:
+        return arguments | {"type": hint, "nargs": "?", "metavar": item.name.upper()}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
     if typing.get_origin(hint) is tuple:  # `--lora_name first second`

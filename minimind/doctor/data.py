@@ -1,0 +1,189 @@
+"""What is wrong with the records of a data file, and where.
+
+The file is read block by block; of each record 12 bytes are kept, to find copies. Lengths in tokens come from
+the cache that training uses, so the work of tokenising is not done twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from array import array
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from minimind.data.prepare import prepare
+from minimind.data.records import TAG, BadRecord, Kind, Record, parse_block, read_blocks
+from minimind.data.store import TokenStore
+from minimind.doctor.findings import OK, PROBLEM, WARNING, Finding, verdict
+from minimind.errors import UserError
+from minimind.stages.dpo import DPOOptions
+from minimind.stages.pretrain import PretrainOptions
+from minimind.stages.reason import ReasonOptions
+from minimind.stages.sft import SFTOptions
+from minimind.tokenizer import Tokenizer
+
+READ_BY = {
+    "pretrain": PretrainOptions,
+    "conversation": SFTOptions,
+    "reasoning": ReasonOptions,
+    "preference": DPOOptions,
+}
+FATE = {  # of records that are too long
+    "pretrain": "they are split, and nothing is lost",
+    "conversation": "they lose their last answers, or all; raise it",
+    "reasoning": "they lose their last answers, or all; raise it",
+    "preference": "they are left out; raise it",
+}
+LINES_SHOWN = 5
+FEW_CHARACTERS = 5
+# A flaw is a problem where more than this share of all records has it, else a warning.
+TOLERATED = {"copied": 0.1, "over-long": 0.1, "nearly empty": 0.01, "garbled": 0.001}
+
+# What is left of text that went through the wrong encoding: replacement and control characters, UTF-8 read as
+# Latin-1 ("Ã©", "ä¸\xad"), and what GBK makes of replacement characters or of unset memory.
+GARBAGE = re.compile(
+    "[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[ÂÃ][\xa0-\xbf]|[à-ï][\x80-\xbf]{2}|â€[œ™˜¦“”]|锟斤拷|烫烫烫|屯屯屯"
+)
+GARBLED_SHARE = 0.001  # of a record's characters; one lost character in a novel does no harm
+
+
+@dataclass
+class Flaw:
+    """The records that share a flaw."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)  # of the first ones
+    example: str = ""  # how it is in the first
+
+    def add(self, line: int, example: str = "") -> None:
+        self.count += 1
+        self.example = self.example or example
+        if len(self.lines) < LINES_SHOWN:
+            self.lines.append(line)
+
+    @property
+    def where(self) -> str:
+        more = ", …" if self.count > len(self.lines) else ""
+        return f"line{'s' * (self.count > 1)} {', '.join(map(str, self.lines))}{more}"
+
+
+class Look:
+    """One reading of a file: all that can be told without a tokenizer."""
+
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self.bad: dict[str, Flaw] = defaultdict(Flaw)  # by reason
+        self.nearly_empty, self.garbled = Flaw(), Flaw()
+        self.hashes, self.lines = array("Q"), array("I")  # of every good record
+        for block in read_blocks(path):
+            is_bad = isinstance(block, BadRecord)  # not a block of lines
+            records, bad = ([], [block]) if is_bad else parse_block(block, kind, str(path))
+            for flaw in bad:
+                example = f"{flaw.field}: {flaw.reason}"
+                self.bad[re.sub(r"\d+|`.*`", "", example)].add(flaw.line, example)
+            for line, record in records:
+                self.look_at(line, record)
+
+    def look_at(self, line: int, record: Record) -> None:
+        content = msgspec.json.encode(record)
+        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+        self.lines.append(line)
+        text = text_of(record)
+        if len(text.strip()) < FEW_CHARACTERS:
+            self.nearly_empty.add(line, repr(text))
+        garbage = GARBAGE.findall(text)
+        if sum(map(len, garbage)) > GARBLED_SHARE * len(text):
+            self.garbled.add(line, repr(garbage[0]))
+
+    def copies(self) -> Flaw:
+        """Records that an earlier one equals."""
+        hashes, lines = np.asarray(self.hashes), np.asarray(self.lines)
+        first = np.zeros(len(hashes), bool)
+        first[np.unique(hashes, return_index=True)[1]] = True
+        again = lines[~first]
+        return Flaw(len(again), again[:LINES_SHOWN].tolist())
+
+
+def examine(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer) -> int:
+    """Print what is found in `path`. Returns the exit code.
+
+    Raises: UserError when the file cannot be read, or its kind not be told.
+    """
+    told = ", told from its first record" if kind == "auto" else ""
+    kind = kind_of(path) if kind == "auto" else kind
+    look = Look(path, kind)
+    print(f"{path}: {len(look.lines):,} good records of kind {kind}{told}", flush=True)
+    findings = [
+        Finding(PROBLEM, f"{flaw.count:,} bad: {flaw.example} ({flaw.where}); mend, or --on_bad_record skip")
+        for flaw in look.bad.values()
+    ] or [Finding(OK, "no bad records")]
+    if not look.lines:
+        return verdict([*findings, Finding(PROBLEM, f"no usable record; is --kind {kind} right?")], "")
+    length = max_seq_len or READ_BY[kind].max_seq_len
+    store = prepare(path, kind, tokenizer, on_bad_record="skip", progress=sys.stderr.isatty())
+    flaws = {
+        "copied": (look.copies(), "copies of an earlier record; leave them out, or they count more"),
+        "nearly empty": (look.nearly_empty, f"with less than {FEW_CHARACTERS} characters; leave them out"),
+        "garbled": (look.garbled, "garbled by a wrong encoding; convert their source anew or leave them out"),
+        "over-long": (over_long(store, length), f"longer than --max_seq_len {length}; {FATE[kind]}"),
+    }
+    for name, (flaw, text) in flaws.items():
+        share = flaw.count / len(look.lines)
+        tolerated = 1.0 if (name, kind) == ("over-long", "pretrain") else TOLERATED[name]  # nothing is lost
+        level = OK if not flaw.count else PROBLEM if share > tolerated else WARNING
+        example = f"{flaw.example} in " if flaw.example else ""
+        found = f"{flaw.count:,} ({share:.1%}) {text} ({example}{flaw.where})"
+        findings.append(Finding(level, found if flaw.count else f"no {name} records"))
+    return verdict(findings, "fit to train on")
+
+
+def kind_of(path: Path) -> Kind:
+    """What the first record is. Raises: UserError where it has none of the known fields."""
+    blocks = (block for block in read_blocks(path) if not isinstance(block, BadRecord))
+    for line in (line for block in blocks for line in block.data.split(b"\n")):
+        try:
+            record = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue  # a bad record, and the next one may tell
+        fields = record if isinstance(record, dict) else {}
+        if "text" in fields:
+            return "pretrain"
+        if "chosen" in fields or "rejected" in fields:
+            return "preference"
+        if "conversations" in fields:
+            return "reasoning" if TAG.search(str(fields["conversations"])) else "conversation"
+        break
+    raise UserError(
+        f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
+        "mend it (dataset/README.md shows the formats), or give --kind"
+    )
+
+
+def text_of(record: Record) -> str:
+    """All that a record says. The two answers of a pair are different, so both are in it."""
+    if hasattr(record, "text"):
+        return record.text
+    chat = hasattr(record, "conversations")
+    messages = record.conversations if chat else record.chosen + record.rejected[-1:]
+    return "\n".join(message["content"] for message in messages)
+
+
+def over_long(store: TokenStore, max_seq_len: int) -> Flaw:
+    """The records that need more than `max_seq_len` positions."""
+    positions = np.diff(store.offsets) - 1  # a document's first token is no label
+    lines = store.lines
+    if store.kind == "preference":
+        positions, lines = positions.reshape(-1, 2).sum(axis=1), lines[::2]
+    elif store.weights is not None:  # what follows the last answer is not needed
+        for start in range(0, len(lines), 4096):
+            offsets = store.offsets[start : start + 4097]
+            targets = offsets[0] + np.flatnonzero(store.weights[offsets[0] : offsets[-1]])
+            last = targets[np.searchsorted(targets, offsets[1:]) - 1]
+            positions[start : start + 4096] = last - offsets[:-1]
+    found = lines[positions > max_seq_len]
+    return Flaw(len(found), found[:LINES_SHOWN].tolist())
