@@ -308,7 +308,7 @@ def test_options(options):
         with pytest.raises(UserError, match=f"--lora_rank is {rank}; it must be 1 to 1024"):
             replace(options, lora_rank=rank)
     with pytest.raises(UserError, match="an adapter needs trained weights beside it"):
-        replace(options, from_weight="none")
+        main(["--from_weight", "none"])
 
 
 def test_the_command(options):

@@ -38,8 +38,6 @@ class LoRAOptions(TrainOptions):
         check_name(self.lora_name)
         if not 1 <= self.lora_rank <= 1024:
             raise UserError(f"--lora_rank is {self.lora_rank}; it must be 1 to 1024")
-        if self.from_weight == "none":
-            raise UserError("--from_weight none: an adapter needs trained weights beside it; name a stage")
         if self.data_path is None:
             object.__setattr__(self, "data_path", DATASET_DIR / f"{self.lora_name}.jsonl")
 
@@ -76,6 +74,8 @@ def stage(options: LoRAOptions) -> Stage:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(LoRAOptions, argv, __doc__)
+    if options.from_weight == "none":
+        raise UserError("--from_weight none: an adapter needs trained weights beside it; name a stage")
     from minimind.train.loop import train  # PyTorch loads after --help has answered
 
     return train(stage(options), options)
