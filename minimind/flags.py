@@ -57,8 +57,11 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
         return arguments | {"type": hint, "nargs": "?", "metavar": item.name.upper()}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
-    if typing.get_origin(hint) is tuple:  # `--lora_name first second`
-        return arguments | {"nargs": "+", "metavar": "NAME"}
+    several = typing.get_origin(hint) is tuple  # `--lora_name first second`
+    if several:
+        arguments["nargs"] = "+"
     if item.metadata["choices"]:
         return arguments | {"choices": item.metadata["choices"]}
+    if several:
+        return arguments | {"metavar": "NAME"}
     return arguments | {"type": hint, "metavar": "PATH" if hint is Path else hint.__name__.upper()}

@@ -16,6 +16,7 @@ import math
 import shutil
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from minimind.train.checkpoint import (
 )
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
+from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import build_optimizers, clip_gradients, learning_rate_scale
@@ -148,10 +150,12 @@ class Trainer:
         self.run_dir = self.weights_path.parent / "runs" / self.weights_path.stem
         check_writable(self.weights_path.parent)
         check_writable(self.run_dir)
+        check_installed(options.loggers)
         if self.weights_path.is_dir():
             raise UserError(
                 f"{self.weights_path} is a folder, but the weights are to be written there; move it"
             )
+        self.run_id = uuid.uuid4().hex[:8]
         torch.manual_seed(options.seed)
         self.started_from: Path | None = None
         self.model = self.initial_model()
@@ -255,10 +259,12 @@ class Trainer:
             return 0
         path = newest_checkpoint(folder, say)
         if path is None:
+            self.run_id = self.run_id_before() or self.run_id
             say(f"there is no checkpoint in {folder}; starting at the first step")
             return 0
         state = load_state(path)
         self.check_same_run(state["run"])
+        self.run_id = state.get("run_id", self.run_id)
         load_tensors(path, state, self.model, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"], self.datasets())
@@ -266,6 +272,13 @@ class Trainer:
         self.seconds_before, self.tokens = state.get("spent", (0.0, 0))
         say(f"resumed at step {state['step']} of {self.total_steps}")
         return state["step"]
+
+    def run_id_before(self) -> str | None:
+        """The id of a run that was killed before its first checkpoint."""
+        try:
+            return json.loads((self.run_dir / "run.json").read_bytes())["run_id"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
@@ -316,9 +329,10 @@ class Trainer:
         )
         steps = closing(prefetch(self.step_batches(start)))
         with StopSignals() as signals, self.monitor as monitor, steps as steps:
-            if options.use_wandb:
-                monitor.start_wandb(options.wandb_project, self.weights_path.stem, self.settings())
             self.introduce()
+            name, project = self.weights_path.stem, options.wandb_project
+            run = RunInfo(self.run_id, name, project, self.run_dir, self.settings())
+            monitor.start_loggers(options.loggers, run)
             if self.is_new:
                 self.objective.begin(self.model, self.datasets(), self.parallel, options.batch_size)
             done = start
@@ -494,6 +508,7 @@ class Trainer:
         """All that a reader of the run's results needs to know, as plain values."""
         options = {name: plain(value) for name, value in vars(self.options).items()}
         return {
+            "run_id": self.run_id,
             "stage": self.stage.name,
             "options": options,
             "started_from": plain(self.started_from),
@@ -566,6 +581,7 @@ class Trainer:
             self.set_previous_aside(folder)
         state = {
             "step": step,
+            "run_id": self.run_id,
             "run": self.identity(),
             "scaler": self.scaler.state_dict(),
             "objective": self.objective.state_dict(self.datasets()),

@@ -1,4 +1,4 @@
-"""What a run says: a live line in the terminal, `metrics.jsonl` always, Weights & Biases on request."""
+"""What a run says: a live line in the terminal, `metrics.jsonl` always, loggers on request."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minimind.errors import UserError
 from minimind.files import atomic_write
 from minimind.model import MiniMind
+from minimind.train.loggers import Loggers, RunInfo
 
 EVALUATION = {  # how the scores on held-out data are shown
     "eval_loss": "loss {:.3f}",
@@ -37,13 +37,13 @@ class Monitor:
         self.log_interval = log_interval
         self.total_steps = total_steps
         self.started, self.first_step = time.perf_counter(), first_step
-        self.wandb: Any = None
+        self.loggers: Loggers | None = None
+        self.path = folder / "metrics.jsonl"
         self.file = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            keep_lines_before(path, first_step)
-            self.file = path.open("a", encoding="utf-8")
+            keep_lines_before(self.path, first_step)
+            self.file = self.path.open("a", encoding="utf-8")
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -64,29 +64,24 @@ class Monitor:
         if self.file:
             with contextlib.suppress(OSError):
                 self.file.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.loggers:
+            self.loggers.finish()
 
-    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
-        """Begin a Weights & Biases run. Losing its network must not cost the training: then it is offline."""
+    def start_loggers(self, names: Sequence[str], run: RunInfo) -> None:
+        """Log to these libraries too, beginning with the steps that a resumed run has behind it."""
         if not self.is_main:
             return
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--use_wandb needs the wandb package: pip install wandb") from None
-        try:
-            self.wandb = wandb.init(project=project, name=name, config=config)
-        except Exception as error:
-            self.say(f"wandb: no connection ({error}); logging offline, send it later with `wandb sync`")
-            self.wandb = wandb.init(project=project, name=name, config=config, mode="offline")
+        self.loggers = Loggers(names, run, self.say)
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            self.loggers.log(values.pop("step"), values)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Log one optimizer step; `step` counts finished ones."""
-        self.write({"step": step} | values)
+        self.write(step, values)
         remaining = (
             (time.perf_counter() - self.started) / (step - self.first_step) * (self.total_steps - step)
         )
@@ -101,20 +96,20 @@ class Monitor:
             )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.write({"step": step} | values)
+        self.write(step, values)
         shown = " · ".join(f"{EVALUATION[name].format(value)}" for name, value in values.items())
         self.say(f"step {step}/{self.total_steps} · held out: {shown}")
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         if self.file:
             try:
-                self.file.write(json.dumps(values, allow_nan=False) + "\n")
+                self.file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
                 self.file.flush()
             except OSError as error:  # a full disk; the training itself needs no log
                 self.say(f"metrics.jsonl cannot be written any more ({error.strerror}); training goes on")
                 self.file = None
-        if self.wandb:
-            self.wandb.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+        if self.loggers:
+            self.loggers.log(step, values)
 
 
 def keep_lines_before(path: Path, step: int) -> None:

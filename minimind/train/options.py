@@ -9,6 +9,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.flags import flag
 from minimind.paths import OUT_DIR
+from minimind.train.loggers import LOGGERS
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class TrainOptions:
     log_interval: int = flag(10, "steps between log lines")
     save_interval: int = flag(100, "steps between checkpoints")
     eval_interval: int | None = flag(None, "steps between evaluations; without it ten in the run")
-    use_wandb: bool = flag(False, "also log to Weights & Biases")
-    wandb_project: str = flag("MiniMind", "project name there")
+    logger: tuple[str, ...] = flag(("none",), "where to log as well", choices=(*LOGGERS, "none"))
+    use_wandb: bool = flag(False, "the same as --logger wandb")
+    wandb_project: str = flag("MiniMind", "project name in wandb and swanlab")
     price_per_hour: float | None = flag(None, "¥ an hour for all devices, to say what the run costs")
 
     def __post_init__(self) -> None:
@@ -92,3 +94,9 @@ class TrainOptions:
         for name in ("weight_decay", "grad_clip", "warmup_iters", "price_per_hour"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+
+    @property
+    def loggers(self) -> list[str]:
+        """What --logger and --use_wandb name, each once."""
+        named = {*self.logger, "wandb"} if self.use_wandb else {*self.logger}
+        return [name for name in LOGGERS if name in named]

@@ -6,9 +6,8 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from minimind.config import ModelConfig
 from minimind.data.batches import PackedDataset
 from minimind.data.prepare import prepare
-from minimind.errors import UserError
 from minimind.evaluate.bits_per_byte import bits_per_byte
 from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
@@ -27,8 +25,6 @@ from minimind.stages.sft import SFTOptions
 from minimind.tokenizer import Tokenizer
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.parallel import setup
-
-from .conftest import metrics, run
 
 
 def test_schedule_warms_up_and_never_exceeds_the_rate():
@@ -85,28 +81,12 @@ def test_bits_per_byte_is_the_definition(texts):
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-2)
 
 
-def test_wandb_gets_what_metrics_jsonl_gets_and_its_absence_is_a_sentence(options, monkeypatch):
-    logged = []
-    run_of = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
-
-    def init(mode=None, **_):
-        if mode != "offline":
-            raise ConnectionError("no network")
-        return run_of
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    trainer = run(replace(options, use_wandb=True, max_steps=2))
-    assert [values["loss"] for _, values in logged if "loss" in values] == metrics(trainer)
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        run(replace(options, use_wandb=True, max_steps=2))
-
-
 @dataclass(frozen=True)
 class Example:
     use_moe: bool | None = flag(None, "a switch")
     size: int = flag(3, "a number, 50% of something")
     mode: str = flag("a", "a choice", choices=("a", "b"))
+    names: tuple[str, ...] = flag(("a",), "several choices", choices=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +106,17 @@ def test_a_switch_means_what_it_says(argv, expected):
     assert parse_flags(Example, argv, "").use_moe is expected
 
 
-@pytest.mark.parametrize("argv", [["--use_moe", "maybe"], ["--size", "x"], ["--mode", "c"], ["--siz", "3"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--use_moe", "maybe"],
+        ["--size", "x"],
+        ["--mode", "c"],
+        ["--siz", "3"],
+        ["--names", "b", "c"],
+        ["--names"],
+    ],
+)
 def test_wrong_flags_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as raised:
         parse_flags(Example, argv, "")
