@@ -23,6 +23,7 @@ from minimind.train.monitor import Monitor
 from minimind.train.signals import Interrupted
 
 from .conftest import metrics, run
+from .wandb_server import WandbServer
 
 History = dict[int, dict[str, float]]  # step → what was logged at it
 
@@ -84,7 +85,7 @@ def read_swanlab(folder: Path) -> tuple[str, dict, History]:
     for record in map(Record.FromString, reader):
         if record.HasField("start"):
             run_id = record.start.id
-        if record.HasField("scalar"):
+        if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):  # of the machine
             values = history.setdefault(record.scalar.step, {})
             assert record.scalar.key not in values
             values[record.scalar.key] = record.scalar.value.number
@@ -177,6 +178,24 @@ def test_swanlab_holds_the_whole_of_a_resumed_run_and_leaves_ctrl_c_alone(option
         assert settings["options"]["learning_rate"] == options.learning_rate
     assert_same(history, resumed, rel=1e-6)
     assert list(history) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_wandb_online_gets_what_it_lacks_of_a_resumed_run_and_nothing_twice(options, monkeypatch):
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    first = run(replace(options, use_wandb=True))
+    assert server.run_id == first.run_id
+    everything = [json.loads(line)["_step"] for line in server.history]
+    assert everything == [1, 2, 3, 4, 5, 6, 7]
+    del server.history[3:]  # they were still on their way when the process was killed
+    resumed = run(replace(options, use_wandb=True, from_resume=True))
+    server.shutdown()
+    assert server.run_id == first.run_id
+    history = {values["_step"]: values for values in map(json.loads, server.history)}
+    assert list(history) == everything
+    assert len(server.history) == 7
+    assert [values["loss"] for values in history.values()] == pytest.approx(metrics(resumed))
 
 
 def test_without_a_network_wandb_goes_offline(options, monkeypatch, capsys):
