@@ -69,7 +69,7 @@ class Monitor:
 
     def start_loggers(self, names: Sequence[str], run: RunInfo) -> None:
         """Log to these libraries too, beginning with the steps that a resumed run has behind it."""
-        if not self.is_main:
+        if not (self.is_main and names):
             return
         self.loggers = Loggers(names, run, self.say)
         for line in self.path.read_text(encoding="utf-8").splitlines():
