@@ -168,7 +168,7 @@ def test_swanlab_holds_the_whole_of_a_resumed_run_and_leaves_ctrl_c_alone(option
         stop_after(4, patch, signal.SIGINT)
         first = run(options)
     assert first.exit_code == 128 + signal.SIGINT
-    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000004.pt"]
+    assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000004"]
     resumed = run(replace(options, from_resume=True))
     folders = sorted((resumed.run_dir / "swanlab").glob("run-*"))
     assert len(folders) == 2
