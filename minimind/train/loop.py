@@ -54,6 +54,7 @@ from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import build_optimizers, clip_gradients, learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
+from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
 from minimind.weights import check_tokenizer, load_model, save_state
 
@@ -168,8 +169,11 @@ class Trainer:
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
-        self.share_out_rows()
-        self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or 10**9)
+        rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
+        self.shares = Shares(
+            self.data.num_rows, rows_per_step, options.batch_size, parallel.rank, parallel.world_size
+        )
+        self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.total_steps // 50)
@@ -195,8 +199,8 @@ class Trainer:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run, those of a last epoch that is broken off counted row by row."""
-        epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
-        return epochs * self.data.num_tokens + self.data.tokens(epochs, steps * self.rows_per_step)
+        epochs, steps = divmod(self.total_steps, self.shares.steps_per_epoch)
+        return epochs * self.data.num_tokens + self.data.tokens(epochs, steps * self.shares.rows_per_step)
 
     def datasets(self) -> list[PackedDataset]:
         return [self.data, self.held_out] if self.held_out else [self.data]
@@ -232,7 +236,7 @@ class Trainer:
         options, device = self.options, self.parallel.device
         wanted = options.compile == "1"
         if options.compile == "auto":
-            epochs = self.total_steps / self.steps_per_epoch
+            epochs = self.total_steps / self.shares.steps_per_epoch
             work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
             steady = not self.config.num_experts  # expert blocks change their shape with every batch
             wanted = steady and (device.type == "cuda" or (device.type == "cpu" and work > WORTH_COMPILING))
@@ -290,7 +294,7 @@ class Trainer:
         data = {
             "data (its content)": self.data_sha256,
             "rows to train on": self.data.num_rows,
-            "rows of an optimizer step": self.rows_per_step,
+            "rows of an optimizer step": self.shares.rows_per_step,
             "tokenizer": self.tokenizer.fingerprint,
         }
         return (
@@ -365,37 +369,17 @@ class Trainer:
             monitor.say(f"{self.weights_path}: {cost}")
         return 0
 
-    def share_out_rows(self) -> None:
-        """How many rows an optimizer step has, and each process at once: the same share of it for all."""
-        options = self.options
-        self.rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
-        share = math.ceil(self.rows_per_step / self.parallel.world_size)
-        self.rows_at_once = min(options.batch_size, share)
-        self.steps_per_epoch = math.ceil(self.data.num_rows / self.rows_per_step)
-
     def step_batches(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this process for each step from `first_step` on."""
         # A process without rows takes part with padding; compiled code wants one shape.
-        fewest = self.rows_at_once if self.compiled else 1
+        fewest = self.shares.rows_at_once if self.compiled else 1
         for step in range(first_step, self.total_steps):
-            epoch = step // self.steps_per_epoch
+            epoch = self.shares.epoch(step)
             batches = []
-            for rows in self.places(step):
+            for rows in self.shares.passes(step):
                 batch = self.data.batch(epoch, rows.start, len(rows), min_rows=fewest)
                 batches.append(batch.pin_memory() if self.parallel.device.type == "cuda" else batch)
             yield batches
-
-    def places(self, step: int) -> list[range]:
-        """The rows of each of this process's passes in a step; none in a pass that only others have rows for.
-
-        All processes make the same number of passes, since they meet in each.
-        """
-        first = step % self.steps_per_epoch * self.rows_per_step
-        end = min(first + self.rows_per_step, self.data.num_rows)
-        together = self.rows_at_once * self.parallel.world_size  # rows of all processes in one pass
-        starts = range(first + self.parallel.rank * self.rows_at_once, end + together, together)
-        passes = math.ceil((end - first) / together)
-        return [range(min(s, end), min(s + self.rows_at_once, end)) for s in starts[:passes]]
 
     def optimizer_step(self, step: int, batches: list[Batch], signals: StopSignals) -> dict[str, float]:
         """One update from `batches`; returns what to log.
@@ -439,7 +423,7 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_s": rate,
             "mfu": self.flops_per_token * rate / world / self.peak_rate,
-            "epoch": step // self.steps_per_epoch,
+            "epoch": self.shares.epoch(step),
         }
         return logged | self.mean_metrics(batches, losses, units)
 
@@ -473,9 +457,9 @@ class Trainer:
     def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
         """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
         bad = [i for i, loss in enumerate(losses) if not loss.logged.isfinite()]
-        epoch, lines = step // self.steps_per_epoch, set[int]()
+        epoch, lines = self.shares.epoch(step), set[int]()
         for i in bad or range(len(batches)):  # with finite losses the gradient alone is bad: all are suspects
-            for row in self.places(step)[i]:
+            for row in self.shares.passes(step)[i]:
                 if not bad or self.row_is_bad(epoch, row):
                     lines |= set(self.data.source_lines(epoch, row))
         shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")

@@ -16,7 +16,7 @@ import torch
 from minimind.paths import ROOT
 from minimind.train.checkpoint import list_checkpoints
 from minimind.train.loop import Trainer
-from minimind.train.parallel import Parallel
+from minimind.train.shares import Shares
 
 from .conftest import PRETRAIN, SIZE, metrics, run
 
@@ -25,25 +25,18 @@ STEPS = 20
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(options, batch_size, world_size):
-    ranks = []
-    for rank in range(world_size):
-        parallel = Parallel(torch.device("cpu"), torch.float32, rank, world_size)
-        given = replace(options, global_batch_size=10, batch_size=batch_size, epochs=2, max_steps=None)
-        trainer = Trainer.__new__(Trainer)  # without the processes that a model would have to be shared with
-        trainer.options, trainer.parallel = given, parallel
-        trainer.data = type("Data", (), {"num_rows": 43})
-        trainer.share_out_rows()
-        ranks.append(trainer)
-    assert {trainer.steps_per_epoch for trainer in ranks} == {5}
+def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(batch_size, world_size):
+    ranks = [Shares(43, 10, batch_size, rank, world_size) for rank in range(world_size)]
+    assert {shares.steps_per_epoch for shares in ranks} == {5}
     for epoch in range(2):
         rows = []
         for step in range(5 * epoch, 5 * epoch + 5):
-            passes = [trainer.places(step) for trainer in ranks]
-            assert len({len(rows) for rows in passes}) == 1
-            in_step = sorted(row for places in passes for place in places for row in place)
+            assert {shares.epoch(step) for shares in ranks} == {epoch}
+            passes = [shares.passes(step) for shares in ranks]
+            assert len({len(own) for own in passes}) == 1
+            in_step = sorted(row for own in passes for place in own for row in place)
             assert in_step == list(range(step % 5 * 10, min(step % 5 * 10 + 10, 43)))
-            assert all(len(place) <= batch_size for places in passes for place in places)
+            assert all(len(place) <= batch_size for own in passes for place in own)
             rows += in_step
         assert rows == list(range(43))
 

@@ -82,7 +82,7 @@ def test_the_loss_is_the_weighted_mean_over_the_step(reason_options, stage, batc
     save_random(start)
     options = replace(reason_options, batch_size=batch_size, accumulation_steps=passes, max_steps=1)
     trainer = run(options, stage)
-    assert trainer.steps_per_epoch == 1  # all records are in the step
+    assert trainer.shares.steps_per_epoch == 1  # all records are in the step
     assert metrics(trainer)[0] == pytest.approx(reference(load_model(start, "")), rel=1e-5)
 
 
