@@ -6,6 +6,9 @@
 
 Either kind is read by any number of processes, whether they share the model out or not. The newest `keep` are
 kept. A damaged one is passed over for the one before it.
+
+`state.pt` is read as data only. PyTorch's reader of `*.distcp` unpickles their index, which could run code:
+go on from sharded checkpoints of your own, not from a stranger's.
 """
 
 from __future__ import annotations

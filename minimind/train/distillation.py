@@ -45,11 +45,12 @@ class Distillation(Objective):
                 f"student one of {config.vocab_size}; both must share one tokenizer"
             )
         check_tokenizer(self.teacher_path, tokenizer)
+        self.teacher_sha256 = file_checksum(self.teacher_path)
         self.teacher = teacher.to(parallel.device).requires_grad_(False).eval()
         self.flops_per_token = training_flops(self.teacher) / 2  # it only goes forward
 
     def identity(self) -> dict[str, Any]:
-        return {"teacher (its content)": file_checksum(self.teacher_path)}
+        return {"teacher (its content)": self.teacher_sha256}
 
     def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
         student = at_targets(model, batch)

@@ -139,6 +139,7 @@ class Trainer:
         self.began = time.perf_counter()
         self.seconds_before, self.tokens = 0.0, 0  # spent before a resume, and trained on in all
         self.is_new = True  # nothing of it is saved yet
+        self.saved_at: int | None = None  # the step of the last checkpoint written
         self.tokenizer = Tokenizer.load(options.tokenizer_path)
         self.config = model_config(
             options.preset,
@@ -268,12 +269,12 @@ class Trainer:
             return 0
         state = load_state(path)
         self.check_same_run(state["run"])
-        self.run_id = state.get("run_id", self.run_id)
+        self.run_id = state["run_id"]
         load_tensors(path, state, self.model, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"], self.datasets())
         set_random_state(state["random"])
-        self.seconds_before, self.tokens = state.get("spent", (0.0, 0))
+        self.seconds_before, self.tokens = state["spent"]
         say(f"resumed at step {state['step']} of {self.total_steps}")
         return state["step"]
 
@@ -357,7 +358,8 @@ class Trainer:
                 if done == start:
                     monitor.say("stopped before the first step was done; nothing was changed")
                     return 128 + (signals.received or signal.SIGTERM)
-                self.save(done)
+                if done != self.saved_at:
+                    self.save(done)
                 monitor.say(
                     f"stopped at step {done} of {self.total_steps}; everything is saved: the same command "
                     "with --from_resume 1 goes on from here"
@@ -575,6 +577,7 @@ class Trainer:
         save_checkpoint(folder, step, state, self.model, self.optimizers, self.parallel)
         self.save_weights()
         self.parallel.barrier()
+        self.saved_at = step
 
     def save_weights(self) -> None:
         state = self.parallel.whole_state(self.model)

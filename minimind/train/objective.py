@@ -7,7 +7,8 @@ and processes does not change the training.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]  # further numbers for the log, each a mean over the units of the batch
 
 
-class Objective:
+class Objective(Protocol):
     """What the loop asks of an objective. `loss` has to be written; the rest is for those who need it."""
 
     flops_per_token = 0.0  # spent beside the trained model, by a teacher for instance
@@ -52,8 +53,9 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any], datasets: list[PackedDataset]) -> None:
         """Takes the place of `begin` in a run that is resumed."""
 
+    @abstractmethod
     def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
-        raise NotImplementedError
+        """The loss of a batch, to be differentiated; `balance_coef` is for `with_balance`."""
 
     def evaluate(
         self,

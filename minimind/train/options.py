@@ -29,7 +29,6 @@ class TrainOptions:
     num_hidden_layers: int | None = flag(None, "number of layers")
     use_moe: bool | None = flag(None, "train a mixture of experts")
     max_seq_len: int = flag(512, "length of a row in tokens")
-
     from_weight: str | None = flag(
         None,
         "start from the weights of this stage (pretrain, full_sft, …), or none; without it as the stage does",
