@@ -259,10 +259,10 @@ def test_training_changes_the_adapters_alone(options, use_moe):
     base = load_model(trainer.started_from, "").state_dict()
     after = trainer.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
-    trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    trained = {id(p) for o in trainer.engine.optimizers for group in o.param_groups for p in group["params"]}
     adapters = {id(p) for name, p in trainer.model.named_parameters() if ".lora." in name}
     assert trained == adapters
-    assert {id(p) for o in trainer.optimizers for p in o.state} == adapters
+    assert {id(p) for o in trainer.engine.optimizers for p in o.state} == adapters
 
     size = "64_moe" if use_moe else "64"
     assert trainer.weights_path == options.out_dir / "lora" / f"threes_{size}.pth"

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from minimind.errors import UserError
 from minimind.files import atomic_write, free_space
+from minimind.train.engine import Engine
 from minimind.train.parallel import Parallel
 
 STATE = "state.pt"
@@ -35,18 +34,15 @@ def save_checkpoint(
     folder: Path,
     step: int,
     state: dict[str, Any],
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    tensors: dict[str, Any],
     parallel: Parallel,
     keep: int = 2,
 ) -> None:
-    """Write the checkpoint of `step`: `state` (plain values), model and optimizers; all processes call this.
+    """Write the checkpoint of `step`: plain values and an engine's tensors; all processes call this.
 
     Drops all but the newest `keep`. Raises: UserError when the disk is full; those from before stay.
     """
     path = folder / f"step_{step:08d}"
-    names = ("model", "optimizers")
-    tensors = dict(zip(names, get_state_dict(model, optimizers), strict=True))
     if parallel.is_main:
         path.with_suffix(".sha256").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
@@ -97,27 +93,17 @@ def load_state(path: Path) -> dict[str, Any]:
     return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
-def load_tensors(
-    path: Path, state: dict[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
-    """Fill model and optimizers, sharded or not, from the checkpoint at `path`.
+def load_tensors(path: Path, state: dict[str, Any], engine: Engine) -> None:
+    """Fill an engine, sharded or not, from the checkpoint at `path`.
 
     Args: state: `load_state` of it.
     """
-    if "model" in state:  # each process takes its part of the whole
-        options = StateDictOptions(full_state_dict=True)
-        tensors = state
+    if "model" in state:
+        engine.load_state_dict(state, whole=True)
     else:
-        options = None
-        tensors = dict(zip(("model", "optimizers"), get_state_dict(model, optimizers), strict=True))
+        tensors = engine.state_dict()
         dcp.load(tensors, checkpoint_id=path)
-    set_state_dict(
-        model,
-        optimizers,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizers"],
-        options=options,
-    )
+        engine.load_state_dict(tensors, whole=False)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -48,10 +48,11 @@ from minimind.train.checkpoint import (
 )
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
+from minimind.train.engine import Engine
 from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
-from minimind.train.optim import build_optimizers, clip_gradients, learning_rate_scale
+from minimind.train.optim import learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.shares import Shares
@@ -182,11 +183,7 @@ class Trainer:
         self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
 
         self.compiled = self.compile()
-        self.trained = parallel.wrap(self.model)
-        self.optimizers = build_optimizers(
-            self.model, options.optimizer, options.learning_rate, options.weight_decay
-        )
-        self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
+        self.engine = Engine(self.model, options, parallel)
 
     @property
     def num_trainable(self) -> int:
@@ -270,8 +267,8 @@ class Trainer:
         state = load_state(path)
         self.check_same_run(state["run"])
         self.run_id = state["run_id"]
-        load_tensors(path, state, self.model, self.optimizers)
-        self.scaler.load_state_dict(state["scaler"])
+        load_tensors(path, state, self.engine)
+        self.engine.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"], self.datasets())
         set_random_state(state["random"])
         self.seconds_before, self.tokens = state["spent"]
@@ -402,20 +399,13 @@ class Trainer:
         units, tokens = self.parallel.sum(counts).tolist()
 
         losses = self.accumulate_gradients(batches, units, signals)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = clip_gradients(self.model, self.options.grad_clip or math.inf)
+        grad_norm = self.engine.clip()
         loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
-        loss, grad_norm = loss_sum.item() / max(units, 1), norm.item()
+        loss = loss_sum.item() / max(units, 1)
         scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.scaler.is_enabled()):
+        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.engine.scaler.is_enabled()):
             raise self.not_finite(step, batches, losses, scale)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * scale
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
+        self.engine.step(scale)
 
         rate = tokens / (time.perf_counter() - began)
         logged = {
@@ -448,11 +438,11 @@ class Trainer:
             if signals.received and world == 1:
                 raise Interrupted
             more_to_come = i + 1 < len(batches)
-            with self.parallel.accumulate(self.trained, more_to_come), self.parallel.autocast():
+            with self.engine.accumulate(more_to_come), self.parallel.autocast():
                 batch = batch.to(device, non_blocking=True)
-                loss = self.objective.loss(self.trained, batch, self.config.router_aux_loss_coef)
+                loss = self.objective.loss(self.engine.trained, batch, self.config.router_aux_loss_coef)
                 # Processes' gradients are averaged, but the step's loss is a sum over them.
-                self.scaler.scale(loss.total * (world / max(units, 1))).backward()
+                self.engine.backward(loss.total * (world / max(units, 1)))
             losses.append(loss._replace(total=loss.total.detach()))
         return losses
 
@@ -569,20 +559,20 @@ class Trainer:
             "step": step,
             "run_id": self.run_id,
             "run": self.identity(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
             "objective": self.objective.state_dict(self.datasets()),
             "random": random_state(),
             "spent": (self.seconds, self.tokens),
         }
-        save_checkpoint(folder, step, state, self.model, self.optimizers, self.parallel)
+        save_checkpoint(folder, step, state, self.engine.state_dict(), self.parallel)
         self.save_weights()
         self.parallel.barrier()
         self.saved_at = step
 
     def save_weights(self) -> None:
-        state = self.parallel.whole_state(self.model)
+        weights = self.engine.whole_weights()
         if self.parallel.is_main:
-            self.stage.save(state, self.weights_path)
+            self.stage.save(weights, self.weights_path)
 
     def set_previous_aside(self, checkpoints: Path) -> None:
         """A run started by mistake must not cost the one before it: that moves to `previous/`."""

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from minimind.errors import UserError
 
@@ -37,34 +34,6 @@ class Parallel:
         if self.dtype is torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model to call in training: under several processes it averages gradients in backward."""
-        if self.world_size == 1:
-            return model
-        if self.sharded:
-            for layer in model.model.layers:
-                fully_shard(layer)
-            return fully_shard(model)
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids)
-
-    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state dict of a model that may be sharded, for the main process to write.
-
-        Under sharding all processes must take part, and the others get nothing.
-        """
-        if not self.sharded:
-            return model.state_dict()
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def accumulate(self, model: nn.Module, more_to_come: bool) -> contextlib.AbstractContextManager:
-        """Around a pass of `model`: processes exchange gradients in the last one of a step alone."""
-        if self.sharded:
-            model.set_requires_gradient_sync(not more_to_come)
-        elif more_to_come and self.world_size > 1:
-            return model.no_sync()
-        return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes (in place)."""

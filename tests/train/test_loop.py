@@ -290,7 +290,7 @@ def test_precision_is_what_was_asked_for(options, monkeypatch):
     for dtype in ("bfloat16", "float32"):
         trainer = run(replace(options, dtype=dtype, max_steps=1), stage)
         assert seen == {getattr(torch, dtype)}
-        assert not trainer.scaler.is_enabled()
+        assert not trainer.engine.scaler.is_enabled()
         seen.clear()
     with pytest.raises(UserError, match="float16 does not work on a CPU"):
         run(replace(options, dtype="float16"))
