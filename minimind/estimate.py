@@ -171,7 +171,10 @@ def measured_rates(trainer: Trainer) -> Rates:
     with closing(prefetch(trainer.step_batches(0))) as steps:
         last = time.perf_counter()
         for step, batches in enumerate(steps):
-            tokens.append(trainer.optimizer_step(step, batches, StopSignals())["tokens"])
+            values = trainer.optimizer_step(step, batches, StopSignals())
+            if values is None:
+                raise MemoryError  # the run would take less at once; its figures are wanted
+            tokens.append(values["tokens"])
             now = clock(trainer)
             seconds.append(now - last)
             last = now
@@ -186,6 +189,7 @@ def measured_rates(trainer: Trainer) -> Rates:
     start_up += max(0.0, first - again)
     began = clock(trainer)
     trainer.save(len(seconds))
+    trainer.finish_saving()
     return Rates(start_up, token, again / rows_of_reading(trainer), clock(trainer) - began, len(counted))
 
 
@@ -199,7 +203,7 @@ def clock(trainer: Trainer) -> float:
 
 
 def rows_of_reading(trainer: Trainer) -> int:
-    return min(trainer.data.num_rows, 2 * trainer.options.batch_size * trainer.parallel.world_size)
+    return min(trainer.data.num_rows, 2 * trainer.shares.batch_size * trainer.parallel.world_size)
 
 
 def reading_seconds(trainer: Trainer) -> float:
@@ -210,7 +214,7 @@ def reading_seconds(trainer: Trainer) -> float:
         trainer.data,
         trainer.tokenizer,
         trainer.parallel,
-        trainer.options.batch_size,
+        trainer.shares.batch_size,
         rows_of_reading(trainer),
     )
     return clock(trainer) - began

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
 
+WORD = -1  # what a word means that stands for a number
 YES, NO = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -25,9 +26,28 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write 1 or 0")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[str] | None = None, positional: bool = False) -> Any:
-    """A dataclass field that is a command-line flag, or an argument without a name that may be left out."""
-    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    positional: bool = False,
+    word: str | None = None,
+) -> Any:
+    """A dataclass field that is a command-line flag, or an argument without a name that may be left out.
+
+    Args: word: stands for `WORD` where a number is wanted.
+    """
+    metadata = {"help": help, "choices": choices, "positional": positional, "word": word}
+    return field(default=default, metadata=metadata)
+
+
+def number_or(word: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        return WORD if text == word else int(text)
+
+    parse.__name__ = f"number or {word}"  # argparse says "invalid … value"
+    return parse
 
 
 def parse_flags(options: type[Options], argv: Sequence[str] | None, description: str) -> Options:
@@ -64,4 +84,6 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
         return arguments | {"choices": item.metadata["choices"]}
     if several:
         return arguments | {"metavar": "NAME"}
+    if word := item.metadata["word"]:
+        return arguments | {"type": number_or(word), "metavar": f"INT|{word}"}
     return arguments | {"type": hint, "metavar": "PATH" if hint is Path else hint.__name__.upper()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
-from minimind.train.options import TrainOptions
+from minimind.train.options import BATCH_SIZE, TrainOptions
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage
@@ -21,7 +21,7 @@ class DPOOptions(TrainOptions):
     data_path: Path = flag(DATASET_DIR / "dpo.jsonl", "JSONL file to train on, plain or .gz")
     epochs: int = flag(2, "passes over the data")
     max_seq_len: int = flag(2048, "length of a row in tokens; both answers of a pair must fit into one")
-    batch_size: int = flag(4, "rows in one forward and backward pass of one device, at most")
+    batch_size: int = flag(4, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
     # Measured on 366 generated pairs, 32 steps, 3 M parameters: AdamW at 1e-5, 5e-5 and 2e-4 made held-out
     # chosen answers 0.1, 1.6 and 7.5 % worse in bits per byte for a margin of 0.04, 0.16 and 0.32 (at 1e-5

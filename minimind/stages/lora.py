@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
-from minimind.train.options import TrainOptions
+from minimind.train.options import BATCH_SIZE, TrainOptions
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage
@@ -22,7 +22,7 @@ class LoRAOptions(TrainOptions):
     data_path: Path | None = flag(None, "JSONL file to train on; without it dataset/{lora_name}.jsonl")
     epochs: int = flag(10, "passes over the data; a hundred records want 50")
     # Small sets need steps more than they need large batches.
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    batch_size: int = flag(8, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
     optimizer: str = flag("adamw", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
     learning_rate: float = flag(2e-3, "highest learning rate")

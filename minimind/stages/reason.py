@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
-from minimind.train.options import TrainOptions
+from minimind.train.options import BATCH_SIZE, TrainOptions
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ReasonOptions(TrainOptions):
     data_path: Path = flag(DATASET_DIR / "r1_mix_1024.jsonl", "JSONL file to train on, plain or .gz")
     max_seq_len: int = flag(1024, "length of a row in tokens")
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    batch_size: int = flag(8, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
     tag_weight: float = flag(10.0, "weight of the tags' tokens in the loss; all others have 1")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
-from minimind.train.options import TrainOptions
+from minimind.train.options import BATCH_SIZE, TrainOptions
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage
@@ -21,7 +21,7 @@ class SFTOptions(TrainOptions):
     epochs: int = flag(2, "passes over the data")
     # At 512 an eighth of sft_mini_512's answer tokens would be cut off, at 1024 half a percent.
     max_seq_len: int = flag(1024, "length of a row in tokens")
-    batch_size: int = flag(8, "rows in one forward and backward pass of one device, at most")
+    batch_size: int = flag(8, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
 
 

@@ -16,11 +16,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from minimind.errors import UserError
 from minimind.files import atomic_write, free_space
@@ -30,39 +33,81 @@ from minimind.train.parallel import Parallel
 STATE = "state.pt"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    tensors: dict[str, Any],
-    parallel: Parallel,
-    keep: int = 2,
-) -> None:
-    """Write the checkpoint of `step`: plain values and an engine's tensors; all processes call this.
+class CheckpointWriter:
+    """Writes the checkpoints of a run beside its training, one after the other; all processes have one.
 
-    Drops all but the newest `keep`. Raises: UserError when the disk is full; those from before stay.
+    `save` copies the values and returns; a thread brings them to the disk. So the training stands still for
+    the copy alone, at the price of the memory that the copy takes.
     """
-    path = folder / f"step_{step:08d}"
-    if parallel.is_main:
-        path.with_suffix(".sha256").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
-    parallel.barrier()
-    if parallel.sharded:
-        try:
-            dcp.save(tensors, checkpoint_id=path)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise UserError(f"could not write {path}{free_space(folder)}: {error}") from error
-    if parallel.is_main:
-        whole = state if parallel.sharded else state | tensors
-        atomic_write(path / STATE, lambda file: torch.save(whole, file))
+
+    def __init__(self, folder: Path, parallel: Parallel, keep: int) -> None:
+        self.folder, self.parallel, self.keep = folder, parallel, keep
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        tensors: dict[str, Any],
+        then: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Begin the checkpoint of `step` when the one before it is done; drops all but the newest `keep`.
+
+        Args:
+            state: plain values.
+            tensors: an engine's.
+            then: called by the thread of the main process, with the copy of an unsharded engine's tensors.
+        Raises: UserError when the one before could not be written; nothing is then begun.
+        """
+        self.wait()
+        path = self.folder / f"step_{step:08d}"
+        if self.parallel.is_main:
+            path.with_suffix(".sha256").unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+        if self.parallel.sharded:
+            self.parallel.barrier()
+            shards = dcp.async_save(tensors, checkpoint_id=path, process_group=self.parallel.cpu_group)
+            self.writing = self.thread.submit(self.write, path, state, shards)
+        elif self.parallel.is_main:
+            whole = state | tree_map_only(torch.Tensor, on_cpu, tensors)
+            self.writing = self.thread.submit(self.write, path, whole, None, lambda: then(whole))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises: UserError when it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def write(
+        self,
+        path: Path,
+        state: dict[str, Any],
+        shards: Future | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        if shards:
+            try:
+                shards.result()
+            except (OSError, RuntimeError, dcp.CheckpointException) as error:
+                raise UserError(f"could not write {path}{free_space(self.folder)}: {error}") from error
+        if not self.parallel.is_main:
+            return
+        atomic_write(path / STATE, lambda file: torch.save(state, file))
         checksums = "".join(f"{file_checksum(file)}  {file.name}\n" for file in sorted(path.iterdir()))
         atomic_write(path.with_suffix(".sha256"), lambda file: file.write(checksums.encode()))
-        finished = list_checkpoints(folder)
-        for old in finished[:-keep]:
+        finished = list_checkpoints(self.folder)
+        for old in finished[: -self.keep]:
             old.with_suffix(".sha256").unlink()
-        for old in folder.glob("step_*/"):  # with those that a killed run has left unfinished
-            if old not in finished[-keep:]:
+        for old in self.folder.glob("step_*/"):  # with those that a killed run has left unfinished
+            if old not in finished[-self.keep :]:
                 shutil.rmtree(old)
+        then()
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy that the training does not change."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

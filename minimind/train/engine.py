@@ -31,7 +31,7 @@ class Engine:
             with engine.accumulate(more_to_come):
                 engine.backward(loss(engine.trained, batch))
         norm = engine.clip()
-        engine.step(learning_rate_scale)        or engine.discard()
+        engine.step(learning_rate_scale)        or engine.skip()
 
     Attributes:
         model: the plain model, for evaluation and for its parameters.
@@ -82,6 +82,11 @@ class Engine:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             self.scaler.step(optimizer)
+        self.scaler.update()
+        self.discard()
+
+    def skip(self) -> None:
+        """Leave the step out after `clip`."""
         self.scaler.update()
         self.discard()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -38,17 +39,18 @@ from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
 from minimind.tokenizer import Tokenizer
 from minimind.train.checkpoint import (
+    CheckpointWriter,
     list_checkpoints,
     load_state,
     load_tensors,
     newest_checkpoint,
     random_state,
-    save_checkpoint,
     set_random_state,
 )
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import Engine
+from minimind.train.fit import rows_that_fit
 from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
@@ -57,6 +59,7 @@ from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
+from minimind.train.stability import ROLLBACKS, Stability
 from minimind.weights import check_tokenizer, load_model, save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
@@ -171,9 +174,12 @@ class Trainer:
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
-        rows_per_step = options.global_batch_size or options.batch_size * options.accumulation_steps
         self.shares = Shares(
-            self.data.num_rows, rows_per_step, options.batch_size, parallel.rank, parallel.world_size
+            self.data.num_rows,
+            options.rows_per_step,
+            options.rows_per_step if options.fits_batch_size else options.batch_size,
+            parallel.rank,
+            parallel.world_size,
         )
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
@@ -184,6 +190,12 @@ class Trainer:
 
         self.compiled = self.compile()
         self.engine = Engine(self.model, options, parallel)
+        if options.fits_batch_size:
+            fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)
+            self.shares = dataclasses.replace(self.shares, batch_size=fits)
+            self.say(f"--batch_size auto: {fits} rows at once, in steps of {self.shares.rows_per_step}")
+        self.stability = Stability(options.skip_limit)
+        self.checkpoints = CheckpointWriter(self.run_dir / "checkpoints", parallel, options.keep_last)
 
     @property
     def num_trainable(self) -> int:
@@ -249,38 +261,52 @@ class Trainer:
                 part.compile()
         return bool(wanted and can)
 
-    def resume(self, say: Callable[[str], None]) -> int:
+    def resume(self) -> int:
         """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
-        folder = self.run_dir / "checkpoints"
-        if not self.options.from_resume:
+        folder, before = self.checkpoints.folder, self.run_before()
+        # A launcher that starts a run again gives the flags of the first time.
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        again = self.parallel.from_main(again and before.get("launcher") == os.getppid())
+        if not (self.options.from_resume or again):
             if list_checkpoints(folder):
-                say(
+                self.say(
                     f"starting anew (--from_resume 1 would go on from the checkpoints in {folder}); at the "
                     f"first save they and their weight file move to {self.run_dir / 'previous'}"
                 )
             return 0
-        path = newest_checkpoint(folder, say)
-        if path is None:
-            self.run_id = self.run_id_before() or self.run_id
-            say(f"there is no checkpoint in {folder}; starting at the first step")
+        path = self.newest_checkpoint()
+        state = load_state(path) if path else None
+        # A run that was started again before its first save finds the checkpoints of the run before it.
+        if state is None or (not self.options.from_resume and state["run_id"] != before.get("run_id")):
+            self.run_id = before.get("run_id", self.run_id)
+            self.say(f"there is no checkpoint of this run in {folder}; starting at the first step")
             return 0
-        state = load_state(path)
         self.check_same_run(state["run"])
         self.run_id = state["run_id"]
-        load_tensors(path, state, self.engine)
-        self.engine.scaler.load_state_dict(state["scaler"])
-        self.objective.load_state_dict(state["objective"], self.datasets())
-        set_random_state(state["random"])
         self.seconds_before, self.tokens = state["spent"]
-        say(f"resumed at step {state['step']} of {self.total_steps}")
+        self.load(path, state)
+        self.say(f"resumed at step {state['step']} of {self.total_steps}")
         return state["step"]
 
-    def run_id_before(self) -> str | None:
-        """The id of a run that was killed before its first checkpoint."""
+    def newest_checkpoint(self) -> Path | None:
+        """The main process looks, so that all go on from the same."""
+        main = self.parallel.is_main
+        return self.parallel.from_main(newest_checkpoint(self.checkpoints.folder, self.say) if main else None)
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Put everything that training changes back to what it was in a checkpoint."""
+        load_tensors(path, state, self.engine)
+        self.engine.scaler.load_state_dict(state["scaler"])
+        self.stability.load_state_dict(state["stability"])
+        self.objective.load_state_dict(state["objective"], self.datasets())
+        set_random_state(state["random"])
+
+    def run_before(self) -> dict[str, Any]:
+        """The settings of the last run in this folder, which may have been killed before its first save."""
         try:
-            return json.loads((self.run_dir / "run.json").read_bytes())["run_id"]
-        except (OSError, ValueError, KeyError):
-            return None
+            return dict(json.loads((self.run_dir / "run.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
@@ -318,8 +344,7 @@ class Trainer:
     # ---- Training ----
 
     def run(self) -> int:
-        options = self.options
-        start = self.resume(self.say)
+        start = self.done = self.resume()
         self.is_new = start == 0
         self.peak_rate = matmul_rate(self.parallel.device, self.parallel.dtype)
         self.monitor = Monitor(
@@ -327,46 +352,92 @@ class Trainer:
             is_main=self.parallel.is_main,
             total_steps=self.total_steps,
             first_step=start,
-            log_interval=options.log_interval,
+            log_interval=self.options.log_interval,
         )
-        steps = closing(prefetch(self.step_batches(start)))
-        with StopSignals() as signals, self.monitor as monitor, steps as steps:
+        with StopSignals() as signals, self.monitor as monitor:
             self.introduce()
-            name, project = self.weights_path.stem, options.wandb_project
+            name, project = self.weights_path.stem, self.options.wandb_project
             run = RunInfo(self.run_id, name, project, self.run_dir, self.settings())
-            monitor.start_loggers(options.loggers, run)
+            monitor.start_loggers(self.options.loggers, run)
             if self.is_new:
-                self.objective.begin(self.model, self.datasets(), self.parallel, options.batch_size)
-            done = start
+                self.objective.begin(self.model, self.datasets(), self.parallel, self.shares.batch_size)
             try:
-                for batches in steps:
-                    values = self.optimizer_step(done, batches, signals)
-                    done += 1
-                    self.tokens += int(values["tokens"])
-                    monitor.step(done, values)
-                    last = done == self.total_steps
-                    if last or done % self.eval_interval == 0:
-                        self.evaluate(done, full=last)
-                    if last or done % options.save_interval == 0:
-                        self.save(done)
-                    if self.parallel.any(signals.received is not None) and not last:
-                        raise Interrupted
+                while self.done < self.total_steps:
+                    self.train_steps(signals)
             except Interrupted:
-                if done == start:
-                    monitor.say("stopped before the first step was done; nothing was changed")
-                    return 128 + (signals.received or signal.SIGTERM)
-                if done != self.saved_at:
-                    self.save(done)
-                monitor.say(
-                    f"stopped at step {done} of {self.total_steps}; everything is saved: the same command "
-                    "with --from_resume 1 goes on from here"
-                )
+                self.stop(start)
                 return 128 + (signals.received or signal.SIGTERM)
-            self.save_final(done, start)
+            self.finish_saving()
+            if self.parallel.sharded or self.done == start:  # then what there was to train may lack its file
+                self.save_weights()
             cost = self.cost()
             self.write_settings(cost=cost.table())
             monitor.say(f"{self.weights_path}: {cost}")
         return 0
+
+    def train_steps(self, signals: StopSignals) -> None:
+        """Steps from `self.done` to the end, or to where batches must be made anew: smaller, or again.
+
+        Raises: Interrupted on a signal, UserError when the training fails for good.
+        """
+        with closing(prefetch(self.step_batches(self.done))) as steps:
+            for batches in steps:
+                values = self.optimizer_step(self.done, batches, signals)
+                if values is None:  # out of memory; done again with less at a time
+                    return
+                self.done += 1
+                self.tokens += int(values["tokens"])
+                self.monitor.step(self.done, values)
+                if self.stability.must_go_back():
+                    self.go_back()
+                    return
+                last = self.done == self.total_steps
+                if last or self.done % self.eval_interval == 0:
+                    self.evaluate(self.done, full=last)
+                good = not self.stability.in_a_row  # else the weights may be what is wrong
+                if last or (good and self.done % self.options.save_interval == 0):
+                    self.save(self.done)
+                if self.parallel.any(signals.received is not None) and not last:
+                    raise Interrupted
+
+    def stop(self, start: int) -> None:
+        """Save what a signal has interrupted."""
+        if self.done == start:
+            self.say("stopped before the first step was done; nothing was changed")
+            return
+        if self.done != self.saved_at:
+            self.save(self.done)
+        self.finish_saving()
+        if self.parallel.sharded:
+            self.save_weights()
+        self.say(
+            f"stopped at step {self.done} of {self.total_steps}; everything is saved: the same command "
+            "with --from_resume 1 goes on from here"
+        )
+
+    def go_back(self) -> None:
+        """To the last checkpoint, at half the learning rate. Raises: UserError when that does not help."""
+        path = state = None
+        if not self.is_new:
+            self.finish_saving()
+            path = self.newest_checkpoint()
+            state = path and load_state(path)
+        rollbacks = self.stability.rollbacks + 1
+        if state is None or rollbacks > ROLLBACKS:
+            raise UserError(
+                f"{self.stability.in_a_row} steps in a row were left out, up to step {self.done}"
+                + (f", after going back {ROLLBACKS} times" if state else "")
+                + f"; their records are named above. Mend these in {self.options.data_path}, or start anew "
+                "with a lower --learning_rate" + (". The last good checkpoint is kept" if state else "")
+            )
+        self.load(path, state)
+        self.stability.rollbacks, self.stability.in_a_row = rollbacks, 0
+        self.done = self.saved_at = state["step"]
+        self.monitor.go_back(self.done)
+        self.say(
+            f"back to the checkpoint of step {self.done}; on from there at {self.stability.rate:g} of the "
+            "learning rate"
+        )
 
     def step_batches(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this process for each step from `first_step` on."""
@@ -380,11 +451,13 @@ class Trainer:
                 batches.append(batch.pin_memory() if self.parallel.device.type == "cuda" else batch)
             yield batches
 
-    def optimizer_step(self, step: int, batches: list[Batch], signals: StopSignals) -> dict[str, float]:
-        """One update from `batches`; returns what to log.
+    def optimizer_step(
+        self, step: int, batches: list[Batch], signals: StopSignals
+    ) -> dict[str, float] | None:
+        """One update from `batches`; returns what to log, or None when memory ran out: less is to be tried.
 
-        Raises: Interrupted on a signal, UserError when loss or gradient are not finite. Either way the
-        weights are those before the step.
+        A step that would harm the weights is left out. Raises: Interrupted on a signal, the weights being
+        those before the step.
         """
         began = time.perf_counter()
         device, world = self.parallel.device, self.parallel.world_size
@@ -398,26 +471,62 @@ class Trainer:
         )
         units, tokens = self.parallel.sum(counts).tolist()
 
-        losses = self.accumulate_gradients(batches, units, signals)
+        try:
+            losses = self.accumulate_gradients(batches, units, signals)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            losses = None  # and out of this block, where the error still holds the memory
+        if losses is None:
+            self.take_less_at_once()
+            return None
         grad_norm = self.engine.clip()
         loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
         loss = loss_sum.item() / max(units, 1)
-        scale = learning_rate_scale(step, self.total_steps, self.warmup_steps)
-        if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not self.engine.scaler.is_enabled()):
-            raise self.not_finite(step, batches, losses, scale)
-        self.engine.step(scale)
+        scale = self.stability.rate * learning_rate_scale(step, self.total_steps, self.warmup_steps)
+        # A gradient scaler leaves steps out by itself, until it has found its scale.
+        scaled = self.engine.scaler.is_enabled()
+        objection = self.stability.objection(loss, units, 0.0 if scaled else grad_norm)
+        if objection:
+            self.say(self.left_out(step, batches, losses, scale, objection))
+            self.engine.skip()
+        else:
+            self.engine.step(scale)
 
         rate = tokens / (time.perf_counter() - began)
         logged = {
             "loss": loss,
             "lr": self.options.learning_rate * scale,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else -1.0,
+            "grad_norm": grad_norm,
             "tokens": tokens,
             "tokens_per_s": rate,
             "mfu": self.flops_per_token * rate / world / self.peak_rate,
             "epoch": self.shares.epoch(step),
+            "skipped": self.stability.skipped,
         }
         return logged | self.mean_metrics(batches, losses, units)
+
+    def take_less_at_once(self) -> None:
+        """After running out of memory: the same steps, in passes of half as many rows.
+
+        Raises: UserError with one row a pass, and under several processes: these have parted in the middle
+        of an exchange, and only a new start brings them together.
+        """
+        self.engine.discard()
+        if self.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows, step_rows = self.shares.rows_at_once, self.shares.rows_per_step
+        if rows == 1:
+            raise MemoryError
+        half = math.ceil(rows / 2)
+        flags = f"--batch_size {half} --global_batch_size {step_rows}"
+        if self.parallel.world_size > 1:
+            raise UserError(
+                f"not enough memory on {self.parallel.device} for {rows} rows at once; start again with "
+                f"{flags} (the same training) or --batch_size auto"
+            )
+        self.shares = dataclasses.replace(self.shares, batch_size=half)
+        self.say(f"not enough memory for {rows} rows at once; on with {half}, in steps as before ({flags})")
 
     def mean_metrics(self, batches: list[Batch], losses: list[Loss], units: float) -> dict[str, float]:
         """The objective's further numbers, each a mean over the units of all batches of all processes."""
@@ -446,27 +555,34 @@ class Trainer:
             losses.append(loss._replace(total=loss.total.detach()))
         return losses
 
-    def not_finite(self, step: int, batches: list[Batch], losses: list[Loss], scale: float) -> UserError:
-        """Name the step, the learning rate and the records behind a loss or gradient that is no number."""
-        bad = [i for i, loss in enumerate(losses) if not loss.logged.isfinite()]
-        epoch, lines = self.shares.epoch(step), set[int]()
-        for i in bad or range(len(batches)):  # with finite losses the gradient alone is bad: all are suspects
-            for row in self.shares.passes(step)[i]:
-                if not bad or self.row_is_bad(epoch, row):
-                    lines |= set(self.data.source_lines(epoch, row))
-        shown = ", ".join(map(str, sorted(lines)[:20])) + (" …" if len(lines) > 20 else "")
-        return UserError(
-            f"the loss or its gradient is not finite at step {step + 1}, learning rate "
-            f"{self.options.learning_rate * scale:.2e}, in the records at {self.options.data_path} lines "
-            f"{shown}. The last good checkpoint is kept. Mend these records, or start anew with a lower "
-            "--learning_rate"
+    def left_out(
+        self, step: int, batches: list[Batch], losses: list[Loss], scale: float, objection: str
+    ) -> str:
+        """Name the step, the learning rate and the records behind a loss that leaps or is no number."""
+        lines = self.parallel.gather(self.suspects(step, batches, losses))
+        shown = ", ".join(map(str, sorted(set().union(*lines))[:20]))
+        rate = self.options.learning_rate * scale
+        return (
+            f"step {step + 1} is left out: {objection}; learning rate {rate:.2e}, "
+            f"records at {self.options.data_path} lines {shown}"
         )
 
+    def suspects(self, step: int, batches: list[Batch], losses: list[Loss]) -> set[int]:
+        """Lines of this process's records whose loss is not finite or, failing that, those of its worst."""
+        epoch, passes = self.shares.epoch(step), self.shares.passes(step)
+        units = [max(1, batch.row_units.sum().item()) for batch in batches]
+        means = [loss.logged.item() / n for loss, n in zip(losses, units, strict=True)]
+        rows = [row for i in worst(means) for row in passes[i]]
+        if not self.parallel.sharded and rows:  # where one process may read alone
+            rows = [rows[i] for i in worst([self.loss_of_row(epoch, row) for row in rows])]
+        return {line for row in rows for line in self.data.source_lines(epoch, row)}
+
     @torch.no_grad()
-    def row_is_bad(self, epoch: int, row: int) -> bool:
+    def loss_of_row(self, epoch: int, row: int) -> float:
         alone = self.data.batch(epoch, row, 1).to(self.parallel.device)
         with self.parallel.autocast():
-            return not self.objective.loss(self.model, alone, 0.0).logged.isfinite().item()
+            loss = self.objective.loss(self.model, alone, 0.0).logged
+        return loss.item() / max(1, alone.row_units.sum().item())
 
     # ---- Reporting and saving ----
 
@@ -497,6 +613,7 @@ class Trainer:
             "device": str(self.parallel.device),
             "dtype": str(self.parallel.dtype).removeprefix("torch."),
             "world_size": self.parallel.world_size,
+            "launcher": os.getppid(),
             "torch": torch.__version__,
         }
 
@@ -546,30 +663,48 @@ class Trainer:
             return
         rows = None if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
         scores = self.objective.evaluate(
-            self.model, self.held_out, self.tokenizer, self.parallel, self.options.batch_size, rows
+            self.model, self.held_out, self.tokenizer, self.parallel, self.shares.batch_size, rows
         )
         self.monitor.evaluation(step, scores)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""
-        folder = self.run_dir / "checkpoints"
         if self.is_new:
-            self.set_previous_aside(folder)
+            self.set_previous_aside(self.checkpoints.folder)
         state = {
             "step": step,
             "run_id": self.run_id,
             "run": self.identity(),
             "scaler": self.engine.scaler.state_dict(),
+            "stability": self.stability.state_dict(),
             "objective": self.objective.state_dict(self.datasets()),
             "random": random_state(),
             "spent": (self.seconds, self.tokens),
         }
-        save_checkpoint(folder, step, state, self.engine.state_dict(), self.parallel)
-        self.save_weights()
-        self.parallel.barrier()
+        try:
+            self.checkpoints.wait()
+        except UserError as error:
+            self.say(f"{error}. The checkpoint before it is kept; training goes on and tries again now")
+        self.checkpoints.save(
+            step,
+            state,
+            self.engine.state_dict(),
+            lambda copy: self.stage.save(copy["model"], self.weights_path),
+        )
         self.saved_at = step
 
+    def finish_saving(self) -> None:
+        """Until the last checkpoint is on the disk. Raises: UserError, in all processes, when it is not."""
+        failure = None
+        try:
+            self.checkpoints.wait()
+        except UserError as error:
+            failure = error
+        if self.parallel.any(failure is not None):
+            raise failure or UserError("the main process could not write its checkpoint")
+
     def save_weights(self) -> None:
+        """The weight file alone."""
         weights = self.engine.whole_weights()
         if self.parallel.is_main:
             self.stage.save(weights, self.weights_path)
@@ -587,10 +722,11 @@ class Trainer:
             for path in found:
                 path.replace(previous / path.name)
 
-    def save_final(self, done: int, start: int) -> None:
-        """A run that was resumed at its end has nothing to train, but its weight file may be gone."""
-        if done == start:
-            self.save_weights()
+
+def worst(losses: list[float]) -> list[int]:
+    """Where `losses` are not finite or, if all are, where they are highest."""
+    broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    return broken or [max(range(len(losses)), key=losses.__getitem__)]
 
 
 def plain(value: Any) -> Any:

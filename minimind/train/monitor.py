@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -42,8 +43,7 @@ class Monitor:
         self.file = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            keep_lines_before(self.path, first_step)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.open_log(first_step)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -66,6 +66,16 @@ class Monitor:
                 self.file.close()
         if self.loggers:
             self.loggers.finish()
+
+    def open_log(self, first_step: int) -> None:
+        keep_lines_before(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def go_back(self, step: int) -> None:
+        """Take back the steps after `step`, which are about to be done again."""
+        if self.file:
+            self.file.close()
+            self.open_log(step)
 
     def start_loggers(self, names: Sequence[str], run: RunInfo) -> None:
         """Log to these libraries too, beginning with the steps that a resumed run has behind it."""
@@ -101,6 +111,7 @@ class Monitor:
         self.say(f"step {step}/{self.total_steps} · held out: {shown}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.file:
             try:
                 self.file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")

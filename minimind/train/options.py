@@ -7,9 +7,11 @@ from pathlib import Path
 
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
-from minimind.flags import flag
+from minimind.flags import WORD, flag
 from minimind.paths import OUT_DIR
 from minimind.train.loggers import LOGGERS
+
+BATCH_SIZE = "rows in one forward and backward pass of one device, at most; auto: what its memory holds"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TrainOptions:
 
     # Optimisation
     epochs: int = flag(1, "passes over the data")
-    batch_size: int = flag(32, "rows in one forward and backward pass of one device, at most")
+    batch_size: int = flag(32, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
     global_batch_size: int | None = flag(None, "rows in one optimizer step, instead of accumulation_steps")
     optimizer: str = flag("muon", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
@@ -63,6 +65,12 @@ class TrainOptions:
     from_resume: bool = flag(False, "continue the run whose checkpoint is in out_dir")
     log_interval: int = flag(10, "steps between log lines")
     save_interval: int = flag(100, "steps between checkpoints")
+    keep_last: int = flag(2, "newest checkpoints to keep")
+    skip_limit: int = flag(
+        5,
+        "steps left out in a row, their loss not finite or leaping, before the run goes back to its last "
+        "checkpoint at half the learning rate",
+    )
     eval_interval: int | None = flag(None, "steps between evaluations; without it ten in the run")
     logger: tuple[str, ...] = flag(("none",), "where to log as well", choices=(*LOGGERS, "none"))
     use_wandb: bool = flag(False, "the same as --logger wandb")
@@ -70,7 +78,10 @@ class TrainOptions:
     price_per_hour: float | None = flag(None, "¥ an hour for all devices, to say what the run costs")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval", "save_interval"):
+        if self.batch_size < 1 and not self.fits_batch_size:
+            raise UserError(f"--batch_size is {self.batch_size}; it must be at least 1, or auto")
+        counts = ("epochs", "accumulation_steps", "log_interval", "save_interval", "keep_last", "skip_limit")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         most = ModelConfig.max_position_embeddings
@@ -93,6 +104,17 @@ class TrainOptions:
         for name in ("weight_decay", "grad_clip", "warmup_iters", "price_per_hour"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+
+    @property
+    def fits_batch_size(self) -> bool:
+        """`--batch_size auto`"""
+        return self.batch_size == WORD
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step, over all devices; what `batch_size` is cannot change it under auto."""
+        batch_size = type(self).batch_size if self.fits_batch_size else self.batch_size
+        return self.global_batch_size or batch_size * self.accumulation_steps
 
     @property
     def loggers(self) -> list[str]:

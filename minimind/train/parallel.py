@@ -7,12 +7,15 @@ import ctypes
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minimind.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Parallel:
     rank: int = 0
     world_size: int = 1
     sharded: bool = False  # FSDP2: parameters, gradients and optimizer state are split over the processes
+    cpu_group: dist.ProcessGroup | None = None  # of all processes, for talk beside the training's
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +50,22 @@ class Parallel:
         if self.world_size == 1:
             return condition
         return bool(self.sum(torch.tensor(int(condition), device=self.device)).item())
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`, so that all decide the same."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The `value` of each process, for all."""
+        if self.world_size == 1:
+            return [value]
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -72,7 +92,8 @@ def setup(device: str, dtype: str, strategy: str = "ddp") -> Parallel:
     if world_size > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     sharded = strategy == "fsdp" and world_size > 1
-    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded)
+    cpu_group = dist.new_group(backend="gloo") if sharded else None
+    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group)
 
 
 def keep_freed_memory() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,8 +215,8 @@ def test_checkpoints_hold_fp32_weights(options):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_loss_that_is_no_number_names_step_rate_and_records(options, passes):
-    """One record poisons the loss; the message names its line, and the checkpoint before stays."""
+def test_a_loss_that_is_no_number_is_left_out_and_its_records_named(options, passes, capsys):
+    """One record poisons the loss: the steps with it do nothing, and the message names its line."""
     lines = options.data_path.read_text(encoding="utf-8").splitlines()
 
     class Poisoned(NextToken):
@@ -232,27 +233,19 @@ def test_a_loss_that_is_no_number_names_step_rate_and_records(options, passes):
     write_jsonl(data, records)
     marker = Tokenizer.load().encode("Ω")[-1]
     stage = replace(PRETRAIN, objective=Poisoned())
-    with pytest.raises(UserError) as raised:
-        run(
-            replace(
-                options,
-                data_path=data,
-                batch_size=16 // passes,
-                accumulation_steps=passes,
-                max_steps=None,
-                save_interval=1,
-                epochs=3,
-            ),
-            stage,
-        )
-    message = str(raised.value)
-    step = int(re.search(r"at step (\d+)", message)[1])
-    named = [int(n) for n in re.search(r"lines ([\d, ]+)", message)[1].split(", ")]
-    assert 51 in named
-    assert len(named) < 10  # the row that holds it, not the whole batch
-    assert "learning rate" in message
-    checkpoints = list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
-    assert [p.stem for p in checkpoints][-1:] == [f"step_{step - 1:08d}"] * (step > 1)
+    given = replace(
+        options, data_path=data, batch_size=16 // passes, accumulation_steps=passes, max_steps=None, epochs=3
+    )
+    trainer = run(replace(given, save_interval=1), stage)
+    out = capsys.readouterr().out
+    named = re.findall(r"step (\d+) is left out: .* not finite; learning rate .* lines ([\d, ]+)", out)
+    assert len(named) == 3  # once an epoch
+    assert all("51" in lines.split(", ") for _, lines in named)
+    assert trainer.stability.skipped == 3
+    left_out = {int(step) for step, _ in named}
+    entries = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert {e["step"] for e in entries if "lr" in e and "loss" not in e} == left_out
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
 def test_moe_trains_and_logs_its_experts(options):
@@ -323,18 +316,27 @@ def test_bad_values_get_a_sentence(options, tmp_path):
         run(replace(options, out_dir=tmp_path / "file" / "out"))
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(options, monkeypatch):
-    first = run(replace(options, save_interval=3, max_steps=3))
-    kept = list_checkpoints(first.run_dir / "checkpoints")
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(options, monkeypatch, capsys):
+    """In the middle of a run training goes on, for room may be made; at its end the command fails."""
+    real = os.fsync
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full_for_step_4(file):
+        if "step_00000004" in str(Path(f"/proc/self/fd/{file}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
 
-    monkeypatch.setattr("minimind.files.os.fsync", full)
-    with pytest.raises(UserError, match=r"could not write .*No space left on device; .* MB are free there"):
-        first.save(4)
-    assert list_checkpoints(first.run_dir / "checkpoints") == kept
+    monkeypatch.setattr("minimind.files.os.fsync", full_for_step_4)
+    given = replace(options, save_interval=2, max_steps=6)
+    trainer = run(given)
+    said = r"could not write .*step_00000004.*No space left on device; .* MB are free there.*training goes on"
+    assert re.search(said, capsys.readouterr().out)
+    folder = trainer.run_dir / "checkpoints"
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000002", "step_00000006"]
     assert not list(options.out_dir.rglob("*.tmp"))
+
+    with pytest.raises(UserError, match=r"could not write .*step_00000004"):
+        run(replace(options, save_interval=2, max_steps=4))
+    assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
 
 
 def command(options, *more: str) -> list[str]:

@@ -1,0 +1,74 @@
+"""`--batch_size auto`: how many rows a device can take at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from minimind.data.batches import PackedDataset
+from minimind.errors import UserError
+from minimind.train.cost import peak_memory, total_memory
+from minimind.train.engine import Engine
+from minimind.train.objective import Objective
+
+USABLE = {"cuda": 0.92, "cpu": 0.8}  # share of the memory; the rest is for fragments, and for others
+FEW, MORE = 2, 4  # rows that are tried
+OPTIMIZER_BYTES = 8  # for each trained parameter: AdamW's two moments, which the first step allocates
+
+
+def rows_that_fit(engine: Engine, objective: Objective, data: PackedDataset, most: int) -> int:
+    """The most rows, up to `most`, whose forward and backward fit into memory beside all else.
+
+    Memory grows linearly with the rows, so it is measured at few and extrapolated: on a CPU, running out of
+    it ends the process. All processes call this, and get the number of the one with the least room.
+    Raises: UserError when not even one row fits.
+    """
+    parallel = engine.parallel
+    few, more = (measured(engine, objective, data, rows) for rows in (FEW, MORE))
+    row = max(1.0, (more - few) / (MORE - FEW))
+    trained = sum(p.numel() for group in engine.optimizers for g in group.param_groups for p in g["params"])
+    sharers = parallel.world_size if parallel.sharded else 1
+    base = few - FEW * row + OPTIMIZER_BYTES * trained / sharers
+    room = usable_memory(parallel.device)
+    fits = min(parallel.gather(int((room - base) / row)))
+    if fits < 1:
+        raise UserError(
+            f"not even one row fits into the {room / 1e9:.1f} GB that {parallel.device} has to spare; lower "
+            "--max_seq_len or the size of the model"
+        )
+    # As many passes as that takes, all of the same size.
+    return math.ceil(most / math.ceil(most / min(fits, most)))
+
+
+def measured(engine: Engine, objective: Objective, data: PackedDataset, rows: int) -> int:
+    """Peak memory in bytes of a forward and backward pass, whose gradients are dropped."""
+    parallel = engine.parallel
+    batch = data.batch(0, 0, min(rows, data.num_rows), min_rows=rows).to(parallel.device)
+    reset_peak(parallel.device)
+    with engine.accumulate(more_to_come=True), parallel.autocast():
+        loss = objective.loss(engine.trained, batch, engine.model.config.router_aux_loss_coef)
+        engine.backward(loss.total)
+    peak = peak_memory(parallel.device)
+    engine.discard()
+    return peak
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:  # of Linux; elsewhere the peak only grows, and the estimate may be too high
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def usable_memory(device: torch.device) -> float:
+    """Bytes that this process may hold in all."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + torch.cuda.memory_reserved(device)) * USABLE["cuda"]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return total_memory(device) * USABLE["cpu"] / processes
