@@ -121,7 +121,8 @@ class Rates(NamedTuple):
 
 def measure(stage: Stage, options: Any) -> int:
     from minimind.train.cost import Cost, device_name, peak_memory, total_memory
-    from minimind.train.loop import Trainer, memory_errors_explained
+    from minimind.train.loop import Trainer
+    from minimind.train.memory import memory_errors_explained
     from minimind.train.monitor import duration
     from minimind.train.parallel import setup
 

@@ -19,7 +19,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,7 @@ from minimind.model import MiniMind
 from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
 from minimind.tokenizer import Tokenizer
+from minimind.train import report
 from minimind.train.checkpoint import (
     CheckpointWriter,
     list_checkpoints,
@@ -50,8 +51,8 @@ from minimind.train.checkpoint import (
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import Engine
-from minimind.train.fit import rows_that_fit
 from minimind.train.loggers import RunInfo, check_installed
+from minimind.train.memory import is_out_of_memory, memory_errors_explained, rows_that_fit
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import learning_rate_scale
@@ -106,20 +107,6 @@ def train(stage: Stage, options: TrainOptions) -> int:
     return code
 
 
-@contextmanager
-def memory_errors_explained(parallel: Parallel) -> Iterator[None]:
-    """Turn running out of memory into a UserError that says what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"not enough memory on {parallel.device}; lower --batch_size (and raise --accumulation_steps as "
-            "much), --max_seq_len or the size of the model"
-        ) from error
-
-
 def alone_in(run_dir: Path) -> AcquireReturnProxy:
     """Hold a run's folder. Raises: UserError when another process is at work in it."""
     try:
@@ -128,11 +115,6 @@ def alone_in(run_dir: Path) -> AcquireReturnProxy:
         raise UserError(
             f"another run is at work in {run_dir}; wait for it, or choose another --out_dir"
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it, a CPU allocation only a sentence."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Trainer:
@@ -355,9 +337,9 @@ class Trainer:
             log_interval=self.options.log_interval,
         )
         with StopSignals() as signals, self.monitor as monitor:
-            self.introduce()
+            report.introduce(self)
             name, project = self.weights_path.stem, self.options.wandb_project
-            run = RunInfo(self.run_id, name, project, self.run_dir, self.settings())
+            run = RunInfo(self.run_id, name, project, self.run_dir, report.settings(self))
             monitor.start_loggers(self.options.loggers, run)
             if self.is_new:
                 self.objective.begin(self.model, self.datasets(), self.parallel, self.shares.batch_size)
@@ -488,7 +470,7 @@ class Trainer:
         scaled = self.engine.scaler.is_enabled()
         objection = self.stability.objection(loss, units, 0.0 if scaled else grad_norm)
         if objection:
-            self.say(self.left_out(step, batches, losses, scale, objection))
+            self.say(report.left_out(self, step, batches, losses, scale, objection))
             self.engine.skip()
         else:
             self.engine.step(scale)
@@ -555,35 +537,6 @@ class Trainer:
             losses.append(loss._replace(total=loss.total.detach()))
         return losses
 
-    def left_out(
-        self, step: int, batches: list[Batch], losses: list[Loss], scale: float, objection: str
-    ) -> str:
-        """Name the step, the learning rate and the records behind a loss that leaps or is no number."""
-        lines = self.parallel.gather(self.suspects(step, batches, losses))
-        shown = ", ".join(map(str, sorted(set().union(*lines))[:20]))
-        rate = self.options.learning_rate * scale
-        return (
-            f"step {step + 1} is left out: {objection}; learning rate {rate:.2e}, "
-            f"records at {self.options.data_path} lines {shown}"
-        )
-
-    def suspects(self, step: int, batches: list[Batch], losses: list[Loss]) -> set[int]:
-        """Lines of this process's records whose loss is not finite or, failing that, those of its worst."""
-        epoch, passes = self.shares.epoch(step), self.shares.passes(step)
-        units = [max(1, batch.row_units.sum().item()) for batch in batches]
-        means = [loss.logged.item() / n for loss, n in zip(losses, units, strict=True)]
-        rows = [row for i in worst(means) for row in passes[i]]
-        if not self.parallel.sharded and rows:  # where one process may read alone
-            rows = [rows[i] for i in worst([self.loss_of_row(epoch, row) for row in rows])]
-        return {line for row in rows for line in self.data.source_lines(epoch, row)}
-
-    @torch.no_grad()
-    def loss_of_row(self, epoch: int, row: int) -> float:
-        alone = self.data.batch(epoch, row, 1).to(self.parallel.device)
-        with self.parallel.autocast():
-            loss = self.objective.loss(self.model, alone, 0.0).logged
-        return loss.item() / max(1, alone.row_units.sum().item())
-
     # ---- Reporting and saving ----
 
     def say(self, message: str) -> None:
@@ -596,67 +549,11 @@ class Trainer:
         price = self.options.price_per_hour
         return Cost(self.seconds, self.tokens, peak_memory(device), device_name(device), price)
 
-    def settings(self) -> dict[str, Any]:
-        """All that a reader of the run's results needs to know, as plain values."""
-        options = {name: plain(value) for name, value in vars(self.options).items()}
-        return {
-            "run_id": self.run_id,
-            "stage": self.stage.name,
-            "options": options,
-            "started_from": plain(self.started_from),
-            "model": dataclasses.asdict(self.config),
-            "parameters": self.model.num_parameters,
-            "trainable_parameters": self.num_trainable,
-            "data_sha256": self.data_sha256,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "total_steps": self.total_steps,
-            "device": str(self.parallel.device),
-            "dtype": str(self.parallel.dtype).removeprefix("torch."),
-            "world_size": self.parallel.world_size,
-            "launcher": os.getppid(),
-            "torch": torch.__version__,
-        }
-
     def write_settings(self, **more: Any) -> None:
         """`run.json`, for a reader of the results and for the stage that goes on from them."""
         if self.parallel.is_main:
-            text = json.dumps(self.settings() | more, indent=2, ensure_ascii=False)
+            text = json.dumps(report.settings(self) | more, indent=2, ensure_ascii=False)
             atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
-
-    def introduce(self) -> None:
-        """Write `run.json` and say in a few lines what is about to happen."""
-        if not self.parallel.is_main:
-            return
-        self.write_settings()
-        say, report, total = self.monitor.say, self.data.report, self.model.num_parameters
-        part = "" if self.num_trainable == total else f"{self.num_trainable / 1e6:.2f} M of "
-        say(
-            f"{self.stage.name}: {part}{total / 1e6:.2f} M parameters on "
-            f"{self.parallel.device}, {str(self.parallel.dtype).removeprefix('torch.')}"
-            f"{', compiled' if self.compiled else ''}; matrix products here run at "
-            f"{self.peak_rate / 1e9:,.0f} GFLOP/s"
-        )
-        say(
-            f"data: {self.data.num_rows:,} rows of {self.options.max_seq_len} tokens, "
-            f"{self.data.padding_fraction:.2%} padding; {self.total_steps:,} steps"
-        )
-        if self.started_from:
-            say(f"starting from {self.started_from}")
-        if report.split:
-            say(f"data: {report.split:,} texts are longer than a row and were split")
-        if report.dropped and self.stage.data_kind == "preference":
-            say(
-                f"data: of {report.documents:,} pairs {report.dropped:,} are left out, since chosen and "
-                f"rejected together are longer than --max_seq_len {self.options.max_seq_len}"
-            )
-        elif report.cut or report.dropped:
-            say(
-                f"data: of {report.documents:,} conversations {report.cut:,} are too long for --max_seq_len "
-                f"{self.options.max_seq_len} and end after an earlier answer, {report.dropped:,} are left "
-                f"out since no answer fits; {report.lost_target_tokens:,} answer tokens are lost"
-            )
-        if self.held_out is None:
-            say("data: no record to hold out that fits, so there is no evaluation; --eval_path names a file")
 
     def evaluate(self, step: int, full: bool) -> None:
         if self.held_out is None:
@@ -721,14 +618,3 @@ class Trainer:
             previous.mkdir()
             for path in found:
                 path.replace(previous / path.name)
-
-
-def worst(losses: list[float]) -> list[int]:
-    """Where `losses` are not finite or, if all are, where they are highest."""
-    broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-    return broken or [max(range(len(losses)), key=losses.__getitem__)]
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON and checkpoints can hold it."""
-    return str(value) if isinstance(value, Path) else value

@@ -10,7 +10,7 @@ import torch
 
 from minimind.errors import UserError
 from minimind.flags import WORD
-from minimind.train import fit, loop
+from minimind.train import loop, memory
 from minimind.train.checkpoint import list_checkpoints
 from minimind.train.objective import Loss, NextToken
 from minimind.train.stability import FEWEST, Stability
@@ -137,8 +137,8 @@ def test_one_row_that_is_too_large_is_a_sentence(options, monkeypatch):
 def test_batch_size_auto_takes_what_fits_and_trains_alike(options, monkeypatch, capsys, rows):
     """Measured memory: 1 GB for the model and 1 GB a row."""
     peaks = iter([3e9, 5e9])
-    monkeypatch.setattr(fit, "peak_memory", lambda _: next(peaks))
-    monkeypatch.setattr(fit, "usable_memory", lambda _: 1.01e9 + rows * 1e9)
+    monkeypatch.setattr(memory, "peak_memory", lambda _: next(peaks))
+    monkeypatch.setattr(memory, "usable_memory", lambda _: 1.01e9 + rows * 1e9)
     given = replace(options, max_steps=4, global_batch_size=16, optimizer="adamw")
     auto = run(replace(given, batch_size=WORD))
     taken = {1: 1, 5: 4, 1000: 16}[rows]  # 5 fit, but four passes of 4 are as many as of 5
@@ -148,7 +148,7 @@ def test_batch_size_auto_takes_what_fits_and_trains_alike(options, monkeypatch, 
 
 
 def test_batch_size_auto_with_no_room_is_a_sentence(options, monkeypatch):
-    monkeypatch.setattr(fit, "usable_memory", lambda _: 1e6)
+    monkeypatch.setattr(memory, "usable_memory", lambda _: 1e6)
     with pytest.raises(UserError, match="not even one row fits"):
         run(replace(options, batch_size=WORD))
 
@@ -157,7 +157,7 @@ def test_batch_size_auto_measures_real_memory(options):
     given = replace(options, batch_size=WORD, max_seq_len=256)
     trainer = loop.Trainer(PRETRAIN, given, loop.setup("cpu", "auto"))
     assert 1 <= trainer.shares.batch_size <= trainer.shares.rows_per_step
-    small, large = (fit.measured(trainer.engine, trainer.objective, trainer.data, n) for n in (1, 32))
+    small, large = (memory.measured(trainer.engine, trainer.objective, trainer.data, n) for n in (1, 32))
     assert large > small + 31 * 256 * 6400 * 4  # the logits alone
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 

@@ -1,10 +1,12 @@
-"""`--batch_size auto`: how many rows a device can take at once."""
+"""A device's memory: how many rows fit (`--batch_size auto`), and what is said when it runs out."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,10 +16,30 @@ from minimind.errors import UserError
 from minimind.train.cost import peak_memory, total_memory
 from minimind.train.engine import Engine
 from minimind.train.objective import Objective
+from minimind.train.parallel import Parallel
 
 USABLE = {"cuda": 0.92, "cpu": 0.8}  # share of the memory; the rest is for fragments, and for others
 FEW, MORE = 2, 4  # rows that are tried
 OPTIMIZER_BYTES = 8  # for each trained parameter: AdamW's two moments, which the first step allocates
+
+
+@contextmanager
+def memory_errors_explained(parallel: Parallel) -> Iterator[None]:
+    """Turn running out of memory into a UserError that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"not enough memory on {parallel.device}; lower --batch_size (and raise --accumulation_steps as "
+            "much), --max_seq_len or the size of the model"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it, a CPU allocation only a sentence."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def rows_that_fit(engine: Engine, objective: Objective, data: PackedDataset, most: int) -> int:
