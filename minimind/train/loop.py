@@ -98,7 +98,7 @@ def train(stage: Stage, options: TrainOptions) -> int:
 
     Raises: UserError for whatever the user can mend, before or during training.
     """
-    parallel = setup(options.device, options.dtype, options.parallel)
+    parallel = setup(options.device, options.dtype, options.parallel, options.hang_timeout)
     with memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
         with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
@@ -336,7 +336,7 @@ class Trainer:
             first_step=start,
             log_interval=self.options.log_interval,
         )
-        with StopSignals() as signals, self.monitor as monitor:
+        with StopSignals() as signals, self.monitor as monitor, self.parallel.watched():
             report.introduce(self)
             name, project = self.weights_path.stem, self.options.wandb_project
             run = RunInfo(self.run_id, name, project, self.run_dir, report.settings(self))
@@ -381,6 +381,7 @@ class Trainer:
                     self.save(self.done)
                 if self.parallel.any(signals.received is not None) and not last:
                     raise Interrupted
+                self.parallel.beat("waiting for its rows")
 
     def stop(self, start: int) -> None:
         """Save what a signal has interrupted."""
@@ -443,6 +444,7 @@ class Trainer:
         """
         began = time.perf_counter()
         device, world = self.parallel.device, self.parallel.world_size
+        self.parallel.beat("counting its tokens", step + 1)
         counts = torch.tensor(
             [
                 sum(b.row_units.sum().item() for b in batches),
@@ -462,6 +464,7 @@ class Trainer:
         if losses is None:
             self.take_less_at_once()
             return None
+        self.parallel.beat("optimizer step")
         grad_norm = self.engine.clip()
         loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
         loss = loss_sum.item() / max(units, 1)
@@ -529,9 +532,11 @@ class Trainer:
             if signals.received and world == 1:
                 raise Interrupted
             more_to_come = i + 1 < len(batches)
+            self.parallel.beat(f"forward pass {i + 1} of {len(batches)}")
             with self.engine.accumulate(more_to_come), self.parallel.autocast():
                 batch = batch.to(device, non_blocking=True)
                 loss = self.objective.loss(self.engine.trained, batch, self.config.router_aux_loss_coef)
+                self.parallel.beat(f"backward pass {i + 1} of {len(batches)}")
                 # Processes' gradients are averaged, but the step's loss is a sum over them.
                 self.engine.backward(loss.total * (world / max(units, 1)))
             losses.append(loss._replace(total=loss.total.detach()))
@@ -566,6 +571,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""
+        self.parallel.beat("saving")
         if self.is_new:
             self.set_previous_aside(self.checkpoints.folder)
         state = {

@@ -51,6 +51,7 @@ def at_all_targets(
     model.eval()
     for together in range(0, rows, parallel.world_size * batch_size):
         start = min(together + parallel.rank * batch_size, rows)
+        parallel.beat("scoring")
         batch = data.batch(0, start, min(batch_size, rows - start), min_rows=batch_size).to(parallel.device)
         with parallel.autocast():
             targets = at_targets(model, batch)

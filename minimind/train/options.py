@@ -59,6 +59,9 @@ class TrainOptions:
     )
     compile: str = flag("auto", "torch.compile: auto uses it where it pays", choices=("auto", "0", "1"))
     num_workers: int | None = flag(None, "processes that tokenise; without it one a core")
+    hang_timeout: float = flag(
+        600.0, "several processes: seconds without progress until the one that hangs is named and all end"
+    )
     local_rank: int = flag(-1, "set by launchers; leave it alone")
 
     # While it runs
@@ -101,6 +104,8 @@ class TrainOptions:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
+        if not 1 <= self.hang_timeout < 1e6:
+            raise UserError(f"--hang_timeout is {self.hang_timeout}; it must be 1 to 1,000,000 seconds")
         for name in ("weight_decay", "grad_clip", "warmup_iters", "price_per_hour"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")

@@ -7,13 +7,20 @@ import ctypes
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from minimind.errors import UserError
+from minimind.train.watchdog import Watchdog
+
+# PyTorch's own limit of a wait, beyond `--hang_timeout`, so that the watchdog's clear message comes first. It
+# alone holds for what comes before the first step, where one process may have much more to do than another.
+PREPARATION = timedelta(minutes=30)
 
 T = TypeVar("T")
 
@@ -28,6 +35,7 @@ class Parallel:
     world_size: int = 1
     sharded: bool = False  # FSDP2: parameters, gradients and optimizer state are split over the processes
     cpu_group: dist.ProcessGroup | None = None  # of all processes, for talk beside the training's
+    watchdog: Watchdog | None = None  # of a run of several processes
 
     @property
     def is_main(self) -> bool:
@@ -67,6 +75,15 @@ class Parallel:
         dist.all_gather_object(values, value)
         return values
 
+    def watched(self) -> contextlib.AbstractContextManager:
+        """Around the steps of a run: a process that hangs in them is named, and the run ended."""
+        return self.watchdog or nullcontext()
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """Tell the watchdog that this process gets on; all call this at the same places of the loop."""
+        if self.watchdog:
+            self.watchdog.beat(doing, step)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -77,23 +94,42 @@ class Parallel:
             dist.destroy_process_group()
 
 
-def setup(device: str, dtype: str, strategy: str = "ddp") -> Parallel:
+def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 600.0) -> Parallel:
     """Join the processes of a launcher, if there is one, and settle device and precision.
 
-    Args: strategy: "ddp", a whole model in each process, or "fsdp", one model over all of them.
+    Args:
+        strategy: "ddp", a whole model in each process, or "fsdp", one model over all of them.
+        hang_timeout: seconds without progress after which the watchdog ends a run of several processes.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    rank, world_size = launched("RANK", 0), launched("WORLD_SIZE", 1)
+    chosen = choose_device(device, launched("LOCAL_RANK", 0) if world_size > 1 else None)
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
+    watchdog = None
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        limit = timedelta(seconds=hang_timeout) + PREPARATION
+        store, *_ = next(rendezvous("env://", timeout=limit))
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)
     sharded = strategy == "fsdp" and world_size > 1
     cpu_group = dist.new_group(backend="gloo") if sharded else None
-    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group)
+    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group, watchdog)
+
+
+def launched(name: str, default: int) -> int:
+    """A number that a launcher tells its processes. Raises: UserError when it is none."""
+    value = os.environ.get(name, default)
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} is {value!r}, but launchers like torchrun set it to a number; "
+            "unset it to train in one process"
+        ) from None
 
 
 def keep_freed_memory() -> None:
