@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def train(stage: Stage, options: TrainOptions) -> int:
     Raises: UserError for whatever the user can mend, before or during training.
     """
     parallel = setup(options.device, options.dtype, options.parallel, options.hang_timeout)
-    with memory_errors_explained(parallel):
+    with parallel.errors_once(), memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
         with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
             code = trainer.run()
@@ -138,6 +139,11 @@ class Trainer:
         self.run_dir = self.weights_path.parent / "runs" / self.weights_path.stem
         check_writable(self.weights_path.parent)
         check_writable(self.run_dir)
+        if not parallel.see_the_same(self.run_dir):
+            raise UserError(
+                f"--out_dir {options.out_dir} is not the same folder for all processes; it must be on a disk "
+                "that all machines of the run share, since each goes on from the checkpoints there"
+            )
         check_installed(options.loggers)
         if self.weights_path.is_dir():
             raise UserError(
@@ -170,6 +176,7 @@ class Trainer:
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
         self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
 
+        self.check_same_as_main()
         self.compiled = self.compile()
         self.engine = Engine(self.model, options, parallel)
         if options.fits_batch_size:
@@ -312,15 +319,21 @@ class Trainer:
         )
 
     def check_same_run(self, saved: dict[str, Any]) -> None:
-        now = self.identity()
-        changed = [
-            f"{name} was {saved.get(name)}, is {now[name]}" for name in now if saved.get(name) != now[name]
-        ]
+        changed = differences(saved, self.identity(), ("was", "is"))
         if changed:
             raise UserError(
-                "the checkpoint belongs to another run: "
-                + "; ".join(changed)
-                + ". Give the same flags and data, or start anew with --from_resume 0"
+                f"the checkpoint belongs to another run: {changed}. Give the same flags and data, or start "
+                "anew with --from_resume 0"
+            )
+
+    def check_same_as_main(self) -> None:
+        """Processes on other machines read their own copy of the data, and have their own command line."""
+        own = self.identity()
+        changed = differences(self.parallel.from_main(own), own, ("in process 0 is", "in this one"))
+        if changed:
+            raise UserError(
+                f"process {self.parallel.rank} on {socket.gethostname()} differs: {changed}. Start all "
+                "processes with the same flags and data"
             )
 
     # ---- Training ----
@@ -624,3 +637,12 @@ class Trainer:
             previous.mkdir()
             for path in found:
                 path.replace(previous / path.name)
+
+
+def differences(first: dict[str, Any], second: dict[str, Any], verbs: tuple[str, str]) -> str:
+    """Where the identities of two runs differ, in words."""
+    return "; ".join(
+        f"{name} {verbs[0]} {first.get(name)}, {verbs[1]} {value}"
+        for name, value in second.items()
+        if first.get(name) != value
+    )

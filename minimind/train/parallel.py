@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,6 +39,7 @@ class Parallel:
     sharded: bool = False  # FSDP2: parameters, gradients and optimizer state are split over the processes
     cpu_group: dist.ProcessGroup | None = None  # of all processes, for talk beside the training's
     watchdog: Watchdog | None = None  # of a run of several processes
+    store: dist.Store | None = None  # where they met
 
     @property
     def is_main(self) -> bool:
@@ -84,6 +88,32 @@ class Parallel:
         if self.watchdog:
             self.watchdog.beat(doing, step)
 
+    def see_the_same(self, folder: Path) -> bool:
+        """Whether `folder` is one folder for all processes, on a disk that their machines share."""
+        if self.world_size == 1:
+            return True
+        probe = folder / ".seen_by_all"
+        if self.is_main:
+            probe.touch()
+        self.barrier()
+        found = not self.any(not probe.exists())
+        self.barrier()
+        if self.is_main:
+            probe.unlink()
+        return found
+
+    @contextlib.contextmanager
+    def errors_once(self) -> Iterator[None]:
+        """Have a UserError that several processes come upon, such as a bad record, told by one of them."""
+        try:
+            yield
+        except UserError as error:
+            key = f"told {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {error}"
+            if self.store and self.store.add(key, 1) > 1:
+                time.sleep(5)  # the launcher ends this process as soon as the one that tells it has ended
+                raise SystemExit(1) from None
+            raise
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -108,7 +138,7 @@ def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
-    watchdog = None
+    store = watchdog = None
     if world_size > 1:
         limit = timedelta(seconds=hang_timeout) + PREPARATION
         store, *_ = next(rendezvous("env://", timeout=limit))
@@ -117,7 +147,9 @@ def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 
         watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)
     sharded = strategy == "fsdp" and world_size > 1
     cpu_group = dist.new_group(backend="gloo") if sharded else None
-    return Parallel(chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group, watchdog)
+    return Parallel(
+        chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group, watchdog, store
+    )
 
 
 def launched(name: str, default: int) -> int:

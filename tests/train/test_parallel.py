@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind.errors import UserError
 from minimind.paths import ROOT
 from minimind.train.checkpoint import list_checkpoints
 from minimind.train.loop import Trainer
+from minimind.train.parallel import setup
 from minimind.train.shares import Shares
 
-from .conftest import PRETRAIN, SIZE, metrics, run
+from .conftest import PRETRAIN, SIZE, metrics, run, write_jsonl
 
 STEPS = 20
 
@@ -41,6 +43,19 @@ def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(batch_size,
         assert rows == list(range(43))
 
 
+def launch(processes: int, *flags: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = [str(ROOT / "trainer" / "train_pretrain.py"), "--epochs=9", "--batch_size=4"]
+    return subprocess.run(
+        [sys.executable, *launcher, *script, "--global_batch_size=12", *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
     """Train by the command, with its launcher; returns the losses."""
     names = (
@@ -54,17 +69,8 @@ def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
         *SIZE,
     )
     flags = [f"--{name}={getattr(options, name)}" for name in names]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [str(ROOT / "trainer" / "train_pretrain.py"), *flags, f"--out_dir={out_dir}", "--epochs=9"]
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, *launch, *script, "--batch_size=4", "--global_batch_size=12", *more],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        done = launch(processes, *flags, f"--out_dir={out_dir}", *more)
         if "exitcode  : -6" not in done.stderr:  # gloo aborted once in about 50 starts, on a busy machine
             break
     assert done.returncode == 0, done.stderr[-2000:]
@@ -117,3 +123,18 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
         out_dir = stopped_half_way(start, tmp_path / name)
         losses = train(given, out_dir, processes, f"--parallel={how}", "--from_resume=1")
         assert_same(alone, losses, out_dir)
+
+
+def test_what_is_wrong_for_all_processes_is_said_once(tmp_path):
+    data = write_jsonl(tmp_path / "bad.jsonl", [{"text": "good"}, {"txt": "bad"}])
+    done = launch(2, f"--data_path={data}", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert f"{data}:2" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_launcher_that_names_no_number_is_a_sentence(monkeypatch, name):
+    monkeypatch.setenv(name, "first")
+    with pytest.raises(UserError, match=f"the environment variable {name} is 'first'"):
+        setup("cpu", "float32")
