@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench faults clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ —/'
@@ -19,6 +19,9 @@ lint: .venv/ready-dev  ## check style
 
 bench: .venv/ready-dev  ## training speed, side by side with the original's recipe
 	$(BIN)/python -m benchmarks.train_speed
+
+faults: .venv/ready-dev  ## kill, stop, starve and damage small trainings, and compare what comes out (about a quarter of an hour)
+	$(BIN)/python -m faults
 
 clean:           ## remove the virtual environment (weights and data stay)
 	rm -rf .venv

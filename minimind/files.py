@@ -20,6 +20,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
@@ -32,6 +33,23 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # said above, if it matters
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed in the middle of `atomic_write` have left beside `path`."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if not is_running(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def free_space(folder: Path) -> str:

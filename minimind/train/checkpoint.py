@@ -77,7 +77,10 @@ class CheckpointWriter:
         """Until the last checkpoint is on the disk. Raises: UserError when it could not be written."""
         writing, self.writing = self.writing, None
         if writing:
-            writing.result()
+            try:
+                writing.result()
+            except OSError as error:  # somebody has deleted the folder
+                raise UserError(f"could not write a checkpoint in {self.folder}: {error.strerror}") from error
 
     def write(
         self,

@@ -114,6 +114,10 @@ class Monitor:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.file:
             try:
+                if not self.path.exists():
+                    self.say(f"{self.path.parent} is gone; it is made anew, without what was in it")
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self.file = self.path.open("a", encoding="utf-8")
                 self.file.write(json.dumps({"step": step} | values, allow_nan=False) + "\n")
                 self.file.flush()
             except OSError as error:  # a full disk; the training itself needs no log

@@ -3,7 +3,7 @@
 Processes of a run wait for each other several times in a step. When one of them stands still, so do all, and
 none can see which was the first. So each counts the places it passes in the loop (`beat`), and a thread of it
 publishes that count, every second, in the store where the processes met. Once a process has stood still for
-half of `--hang_timeout` its thread begins to read what the others publish; when none of them has moved for
+a tenth of `--hang_timeout` its thread begins to read what the others publish; when none of them has moved for
 the whole of it, the one behind the others, or the one whose thread has fallen silent too (a stopped process,
 a dead machine), is named on stderr, and all end with `EXIT_CODE`. A launcher can start them anew from there.
 
@@ -53,6 +53,7 @@ class Seen:
     at: float
 
     def idle(self, now: float) -> float:
+        """Seconds since the process's last beat; of a silent one, at least so many."""
         return self.report.idle + now - self.at
 
     def place(self, now: float) -> str:
@@ -111,7 +112,7 @@ class Watchdog:
         with contextlib.suppress(DistError):  # the store is gone; `watch_store` sees what follows from that
             while not self.closed.wait(self.interval):
                 self.publish()
-                if self.idle < self.timeout / 2:
+                if self.idle < self.timeout / 10:
                     self.seen = []
                     continue
                 if self.store.check(["verdict"]):
@@ -119,7 +120,7 @@ class Watchdog:
                 self.read()
                 # A process leaves the word to those of lower rank, unless they are silent too.
                 now, turn = time.monotonic(), min(self.rank, 5) * self.interval
-                if min(seen.idle(now) for seen in self.seen) >= self.timeout + turn:
+                if self.idle >= self.timeout + turn:
                     self.judge(now)
 
     def publish(self) -> None:
@@ -139,10 +140,11 @@ class Watchdog:
         ]
 
     def judge(self, now: float) -> None:
-        """Name those that hang and end the run; of several processes that would, the first one does."""
-        if self.store.add("judges", 1) > 1:
+        """When nobody moves: name those that hang and end the run; the first that would do so does."""
+        silent = [rank for rank, seen in enumerate(self.seen) if now - seen.at > self.timeout / 2]
+        alive = [seen for rank, seen in enumerate(self.seen) if rank not in silent]
+        if any(seen.idle(now) < self.timeout for seen in alive) or self.store.add("judges", 1) > 1:
             return
-        silent = [rank for rank, seen in enumerate(self.seen) if now - seen.at > self.timeout / 4]
         named = silent or behind([seen.report for seen in self.seen])
         if len(named) == self.world_size:
             where = f"all {self.world_size} processes hang {self.seen[0].place(now)}"
@@ -152,9 +154,8 @@ class Watchdog:
         self.store.set("verdict", json.dumps(named))
         for report in (self.seen[rank].report for rank in silent):
             if report.host == self.own.host and is_sibling(report.pid):
-                os.kill(
-                    report.pid, signal.SIGKILL
-                )  # deaf to the launcher, which would wait for half a minute
+                # A stopped process is deaf to the launcher, which would wait half a minute for its end.
+                os.kill(report.pid, signal.SIGKILL)
         self.leave(named)
 
     def leave(self, named: Sequence[int]) -> None:
