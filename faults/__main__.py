@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{len(results) - len(failed)} of {len(results)} passed, {time.monotonic() - began:.0f} s")
     if not options.only:
         report = {
-            "command": "python -m faults",
+            "command": f"python -m faults --seed {options.seed}",
+            "data": options.data_path.name if options.data_path else "as found",
             "machine": environment(),
             "seconds": round(time.monotonic() - began),
             "faults": results,

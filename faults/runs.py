@@ -70,10 +70,12 @@ class Run:
 
     def unfinished(self) -> set[Path]:
         """What a write that is going on, or was broken off, has made up to now."""
-        folders = (self.run_dir / "checkpoints").glob("step_*/")
-        return {f for f in folders if not f.with_suffix(".sha256").exists()} | {
-            *(self.folder / "out").rglob("*.tmp")
-        }
+        found = set()
+        for folder, names, files in os.walk(self.folder / "out"):  # folders may vanish under it
+            steps = [Path(folder, name) for name in names if name.startswith("step_")]
+            found.update(path for path in steps if not path.with_suffix(".sha256").exists())
+            found.update(Path(folder, name) for name in files if name.endswith(".tmp"))
+        return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizers of the last checkpoint, flat."""

@@ -108,8 +108,7 @@ class Parallel:
         try:
             yield
         except UserError as error:
-            key = f"told {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {error}"
-            if self.store and self.store.add(key, 1) > 1:
+            if self.store and self.store.add(f"told: {error}", 1) > 1:
                 time.sleep(5)  # the launcher ends this process as soon as the one that tells it has ended
                 raise SystemExit(1) from None
             raise
@@ -142,6 +141,8 @@ def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 
     if world_size > 1:
         limit = timedelta(seconds=hang_timeout) + PREPARATION
         store, *_ = next(rendezvous("env://", timeout=limit))
+        # A launcher that starts the processes again keeps its store, with the addresses of the dead in it.
+        store = dist.PrefixStore(f"start {launched('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)
