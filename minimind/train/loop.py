@@ -65,6 +65,7 @@ from minimind.train.stability import ROLLBACKS, Stability
 from minimind.weights import check_tokenizer, load_model, save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
+CPU_PASS = 1e12  # floating-point operations: about five seconds on two cores
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
 
 # Options that decide what a run computes, as do those of a stage's own: a resumed run must have the same.
@@ -162,19 +163,15 @@ class Trainer:
         self.data, self.held_out = datasets.training, datasets.held_out
         self.data_sha256 = datasets.content_sha256
 
-        self.shares = Shares(
-            self.data.num_rows,
-            options.rows_per_step,
-            options.rows_per_step if options.fits_batch_size else options.batch_size,
-            parallel.rank,
-            parallel.world_size,
-        )
+        self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
+        rows, wanted = options.rows_per_step, options.batch_size
+        at_once = min(rows if options.fits_batch_size else wanted, self.rows_of_a_pass)
+        self.shares = Shares(self.data.num_rows, rows, at_once, parallel.rank, parallel.world_size)
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
         if self.warmup_steps is None:
             self.warmup_steps = min(100, self.total_steps // 50)
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
-        self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
 
         self.check_same_as_main()
         self.compiled = self.compile()
@@ -189,6 +186,13 @@ class Trainer:
     @property
     def num_trainable(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def rows_of_a_pass(self) -> int:
+        """The most rows of a pass: a CPU is no faster with more, and answers a signal between two."""
+        if self.parallel.device.type != "cpu":
+            return 10**9
+        return max(1, int(CPU_PASS / (self.flops_per_token * self.options.max_seq_len)))
 
     @property
     def seconds(self) -> float:
@@ -526,6 +530,13 @@ class Trainer:
         self.shares = dataclasses.replace(self.shares, batch_size=half)
         self.say(f"not enough memory for {rows} rows at once; on with {half}, in steps as before ({flags})")
 
+    def must_stop(self, signals: StopSignals) -> bool:
+        """Whether to end within a step. On a CPU that takes long, and to ask the others costs little."""
+        asked = signals.received is not None
+        if self.parallel.world_size == 1 or self.parallel.device.type != "cpu":
+            return asked and self.parallel.world_size == 1
+        return self.parallel.any(asked)
+
     def mean_metrics(self, batches: list[Batch], losses: list[Loss], units: float) -> dict[str, float]:
         """The objective's further numbers, each a mean over the units of all batches of all processes."""
         if not losses[0].metrics:
@@ -542,7 +553,7 @@ class Trainer:
         device, world = self.parallel.device, self.parallel.world_size
         losses = []
         for i, batch in enumerate(batches):
-            if signals.received and world == 1:
+            if self.must_stop(signals):
                 raise Interrupted
             more_to_come = i + 1 < len(batches)
             self.parallel.beat(f"forward pass {i + 1} of {len(batches)}")
