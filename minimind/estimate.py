@@ -286,7 +286,7 @@ def state_bytes(trainer: Trainer) -> int:
 
 def describe(trainer: Trainer) -> None:
     trainer.say(
-        f"{trainer.stage.name}: {trainer.model.num_parameters / 1e6:.2f} M parameters; "
+        f"{trainer.stage.name}: {trainer.num_parameters / 1e6:.2f} M parameters; "
         f"{trainer.data.num_tokens:,} tokens in an epoch, {trainer.total_tokens:,} in all, "
         f"{trainer.total_steps:,} steps"
     )

@@ -26,7 +26,9 @@ class DPOOptions(TrainOptions):
     # Measured on 366 generated pairs, 32 steps, 3 M parameters: AdamW at 1e-5, 5e-5 and 2e-4 made held-out
     # chosen answers 0.1, 1.6 and 7.5 % worse in bits per byte for a margin of 0.04, 0.16 and 0.32 (at 1e-5
     # 128 steps: 1.0 % for 0.11). Muon pays more for the same: at 2e-4 0.9 % for 0.04.
-    optimizer: str = flag("adamw", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
+    optimizer: str = flag(
+        "adamw", "muon: Muon for matrices, AdamW for the rest", choices=("auto", "muon", "adamw")
+    )
     learning_rate: float = flag(1e-5, "highest learning rate")
     beta: float = flag(0.1, "how dearly the model pays for leaving the one it starts from")
     length_normalised: bool = flag(False, "compare answers by their mean log-probability, as MiniMind2 did")

@@ -24,7 +24,9 @@ class LoRAOptions(TrainOptions):
     # Small sets need steps more than they need large batches.
     batch_size: int = flag(8, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
-    optimizer: str = flag("adamw", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
+    optimizer: str = flag(
+        "adamw", "muon: Muon for matrices, AdamW for the rest", choices=("auto", "muon", "adamw")
+    )
     learning_rate: float = flag(2e-3, "highest learning rate")
     weight_decay: float = flag(0.0, "decoupled weight decay of the adapters' matrices")
     lora_name: str = flag("lora_medical", "what the adapters are called: out/lora/{lora_name}_512.pth")

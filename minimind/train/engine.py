@@ -124,3 +124,12 @@ class Engine:
             return self.model.state_dict()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_model_state_dict(self.model, options=options)
+
+
+def build_engine(model: MiniMind, options: TrainOptions, parallel: Parallel) -> Engine:
+    """The engine that `parallel` calls for. DeepSpeed is imported only where a run is for it."""
+    if parallel.zero_stage:
+        from minimind.train.zero import ZeroEngine
+
+        return ZeroEngine(model, options, parallel)
+    return Engine(model, options, parallel)

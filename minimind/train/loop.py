@@ -51,17 +51,18 @@ from minimind.train.checkpoint import (
 )
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
-from minimind.train.engine import Engine
+from minimind.train.engine import build_engine
 from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.memory import is_out_of_memory, memory_errors_explained, rows_that_fit
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
-from minimind.train.optim import learning_rate_scale
+from minimind.train.optim import choose_optimizer, learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
 from minimind.train.stability import ROLLBACKS, Stability
+from minimind.train.zero_settings import zero_stage
 from minimind.weights import check_tokenizer, load_model, save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
@@ -100,7 +101,8 @@ def train(stage: Stage, options: TrainOptions) -> int:
 
     Raises: UserError for whatever the user can mend, before or during training.
     """
-    parallel = setup(options.device, options.dtype, options.parallel, options.hang_timeout)
+    stage_of_zero = zero_stage(options)
+    parallel = setup(options.device, options.dtype, options.parallel, options.hang_timeout, stage_of_zero)
     with parallel.errors_once(), memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
         with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
@@ -123,6 +125,8 @@ class Trainer:
     """State of one run. Build it, then `run` it once."""
 
     def __init__(self, stage: Stage, options: TrainOptions, parallel: Parallel) -> None:
+        optimizer = choose_optimizer(options.optimizer, parallel.zero_stage)
+        options = dataclasses.replace(options, optimizer=optimizer)
         self.stage, self.options, self.parallel = stage, options, parallel
         self.began = time.perf_counter()
         self.seconds_before, self.tokens = 0.0, 0  # spent before a resume, and trained on in all
@@ -174,18 +178,17 @@ class Trainer:
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
 
         self.check_same_as_main()
+        # Counted before an engine leaves a process with a part of them.
+        self.num_parameters = self.model.num_parameters
+        self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.compiled = self.compile()
-        self.engine = Engine(self.model, options, parallel)
+        self.engine = build_engine(self.model, options, parallel)
         if options.fits_batch_size:
             fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)
             self.shares = dataclasses.replace(self.shares, batch_size=fits)
             self.say(f"--batch_size auto: {fits} rows at once, in steps of {self.shares.rows_per_step}")
         self.stability = Stability(options.skip_limit)
         self.checkpoints = CheckpointWriter(self.run_dir / "checkpoints", parallel, options.keep_last)
-
-    @property
-    def num_trainable(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def rows_of_a_pass(self) -> int:
@@ -511,22 +514,22 @@ class Trainer:
     def take_less_at_once(self) -> None:
         """After running out of memory: the same steps, in passes of half as many rows.
 
-        Raises: UserError with one row a pass, and under several processes: these have parted in the middle
-        of an exchange, and only a new start brings them together.
+        Raises: MemoryError with one row a pass, and UserError under several processes and DeepSpeed: they
+        have stopped in the middle of an exchange, and only a new start brings them together.
         """
-        self.engine.discard()
-        if self.parallel.device.type == "cuda":
-            torch.cuda.empty_cache()
         rows, step_rows = self.shares.rows_at_once, self.shares.rows_per_step
         if rows == 1:
             raise MemoryError
         half = math.ceil(rows / 2)
         flags = f"--batch_size {half} --global_batch_size {step_rows}"
-        if self.parallel.world_size > 1:
+        if self.parallel.world_size > 1 or self.parallel.zero_stage:
             raise UserError(
                 f"not enough memory on {self.parallel.device} for {rows} rows at once; start again with "
                 f"{flags} (the same training) or --batch_size auto"
             )
+        self.engine.discard()
+        if self.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.shares = dataclasses.replace(self.shares, batch_size=half)
         self.say(f"not enough memory for {rows} rows at once; on with {half}, in steps as before ({flags})")
 

@@ -41,7 +41,11 @@ class TrainOptions:
     batch_size: int = flag(32, BATCH_SIZE, word="auto")
     accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
     global_batch_size: int | None = flag(None, "rows in one optimizer step, instead of accumulation_steps")
-    optimizer: str = flag("muon", "muon: Muon for matrices, AdamW for the rest", choices=("muon", "adamw"))
+    optimizer: str = flag(
+        "auto",
+        "muon: Muon for matrices, AdamW for the rest; auto: muon, under ZeRO adamw",
+        choices=("auto", "muon", "adamw"),
+    )
     learning_rate: float = flag(5e-4, "highest learning rate")
     warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/50 of the run, at most 100")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
@@ -54,9 +58,14 @@ class TrainOptions:
     dtype: str = flag(
         "auto", "precision of matrix products", choices=("auto", "bfloat16", "float16", "float32")
     )
-    parallel: str = flag(
-        "ddp", "several processes: ddp, or fsdp to share out one model", choices=("ddp", "fsdp")
+    parallel: str | None = flag(
+        None,
+        "several processes: ddp (the default), fsdp to share out one model, zero for DeepSpeed's ZeRO (the "
+        "default under its launcher)",
+        choices=("ddp", "fsdp", "zero"),
     )
+    zero_stage: int | None = flag(None, "ZeRO splits 1: optimizer state, 2: gradients too, 3: weights too")
+    deepspeed_config: Path | None = flag(None, "JSON file of further DeepSpeed settings")
     compile: str = flag("auto", "torch.compile: auto uses it where it pays", choices=("auto", "0", "1"))
     num_workers: int | None = flag(None, "processes that tokenise; without it one a core")
     hang_timeout: float = flag(
@@ -102,6 +111,8 @@ class TrainOptions:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.zero_stage not in (None, 1, 2, 3):
+            raise UserError(f"--zero_stage is {self.zero_stage}; it must be 1, 2 or 3")
         if not 0 < self.learning_rate < 1:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 1 <= self.hang_timeout < 1e6:

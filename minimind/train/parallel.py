@@ -36,7 +36,8 @@ class Parallel:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    sharded: bool = False  # FSDP2: parameters, gradients and optimizer state are split over the processes
+    sharded: bool = False  # FSDP2 or ZeRO: no process holds the whole training state
+    zero_stage: int = 0  # how much of it DeepSpeed's ZeRO splits; 0: the run goes without DeepSpeed
     cpu_group: dist.ProcessGroup | None = None  # of all processes, for talk beside the training's
     watchdog: Watchdog | None = None  # of a run of several processes
     store: dist.Store | None = None  # where they met
@@ -118,17 +119,24 @@ class Parallel:
             dist.barrier()
 
     def close(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()  # destroying a group while a peer still talks aborts it
+        self.barrier()  # destroying a group while a peer still talks aborts it
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 600.0) -> Parallel:
+def setup(
+    device: str,
+    dtype: str,
+    strategy: str | None = None,
+    hang_timeout: float = 600.0,
+    zero_stage: int = 0,
+) -> Parallel:
     """Join the processes of a launcher, if there is one, and settle device and precision.
 
     Args:
-        strategy: "ddp", a whole model in each process, or "fsdp", one model over all of them.
+        strategy: "fsdp" for one model over all processes, otherwise each has a whole one.
         hang_timeout: seconds without progress after which the watchdog ends a run of several processes.
+        zero_stage: what DeepSpeed is to split, which it does for a single process too.
     """
     rank, world_size = launched("RANK", 0), launched("WORLD_SIZE", 1)
     chosen = choose_device(device, launched("LOCAL_RANK", 0) if world_size > 1 else None)
@@ -138,19 +146,20 @@ def setup(device: str, dtype: str, strategy: str = "ddp", hang_timeout: float = 
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     store = watchdog = None
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
     if world_size > 1:
         limit = timedelta(seconds=hang_timeout) + PREPARATION
         store, *_ = next(rendezvous("env://", timeout=limit))
         # A launcher that starts the processes again keeps its store, with the addresses of the dead in it.
         store = dist.PrefixStore(f"start {launched('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)
-    sharded = strategy == "fsdp" and world_size > 1
+    elif zero_stage:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    sharded = zero_stage > 0 or (strategy == "fsdp" and world_size > 1)
     cpu_group = dist.new_group(backend="gloo") if sharded else None
-    return Parallel(
-        chosen, choose_dtype(dtype, chosen), rank, world_size, sharded, cpu_group, watchdog, store
-    )
+    dtype = choose_dtype(dtype, chosen)
+    return Parallel(chosen, dtype, rank, world_size, sharded, zero_stage, cpu_group, watchdog, store)
 
 
 def launched(name: str, default: int) -> int:

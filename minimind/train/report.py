@@ -26,7 +26,7 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "options": options,
         "started_from": plain(trainer.started_from),
         "model": dataclasses.asdict(trainer.config),
-        "parameters": trainer.model.num_parameters,
+        "parameters": trainer.num_parameters,
         "trainable_parameters": trainer.num_trainable,
         "data_sha256": trainer.data_sha256,
         "tokenizer_fingerprint": trainer.tokenizer.fingerprint,
@@ -49,7 +49,7 @@ def introduce(trainer: Trainer) -> None:
     if not trainer.parallel.is_main:
         return
     trainer.write_settings()
-    say, report, total = trainer.monitor.say, trainer.data.report, trainer.model.num_parameters
+    say, report, total = trainer.monitor.say, trainer.data.report, trainer.num_parameters
     part = "" if trainer.num_trainable == total else f"{trainer.num_trainable / 1e6:.2f} M of "
     say(
         f"{trainer.stage.name}: {part}{total / 1e6:.2f} M parameters on "
@@ -61,6 +61,11 @@ def introduce(trainer: Trainer) -> None:
         f"data: {trainer.data.num_rows:,} rows of {trainer.options.max_seq_len} tokens, "
         f"{trainer.data.padding_fraction:.2%} padding; {trainer.total_steps:,} steps"
     )
+    if trainer.parallel.zero_stage:
+        say(
+            f"DeepSpeed's ZeRO, stage {trainer.parallel.zero_stage}, over {trainer.parallel.world_size} "
+            "process(es); the optimizer is adamw, since muon needs whole matrices and ZeRO cuts them up"
+        )
     if trainer.started_from:
         say(f"starting from {trainer.started_from}")
     if report.split:
