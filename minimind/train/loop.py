@@ -246,6 +246,12 @@ class Trainer:
             work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
             steady = not self.config.num_experts  # expert blocks change their shape with every batch
             wanted = steady and (device.type == "cuda" or (device.type == "cpu" and work > WORTH_COMPILING))
+        if self.parallel.zero_stage == 3:  # its weights come and go under the compiler's hands
+            if options.compile == "1":
+                raise UserError(
+                    "--compile 1 does not work with --zero_stage 3; use 1 or 2, or --parallel fsdp"
+                )
+            return False
         can = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
         if wanted and not can and options.compile == "1":
             raise UserError(

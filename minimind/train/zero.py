@@ -9,6 +9,7 @@ without DeepSpeed, and its checkpoints go on without it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import warnings
@@ -102,7 +103,12 @@ class ZeroEngine(Engine):
         """Forget the gradients, by way of a step that is left out."""
         self.set_norm(torch.tensor(-1.0, device=self.parallel.device))
         self.trained.set_gradient_accumulation_boundary(True)
+        logger = logging.getLogger("DeepSpeed")
+        logger.disabled = True  # it calls that an overflow
         self.trained.step()
+        logger.disabled = False
+        if self.parallel.zero_stage == 2:
+            self.zero.all_grad_tensors.clear()  # of a step that has not come to its end
 
     # ---- State ----
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,11 +44,16 @@ def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(batch_size,
         assert rows == list(range(43))
 
 
-def launch(processes: int, *flags: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def launch(
+    processes: int, *flags: str, launcher: Callable[[int], list[str]] = torchrun
+) -> subprocess.CompletedProcess:
     script = [str(ROOT / "trainer" / "train_pretrain.py"), "--epochs=9", "--batch_size=4"]
     return subprocess.run(
-        [sys.executable, *launcher, *script, "--global_batch_size=12", *flags],
+        [sys.executable, *launcher(processes), *script, "--global_batch_size=12", *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -56,7 +62,7 @@ def launch(processes: int, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
+def train(options, out_dir: Path, processes: int, *more: str, launcher=torchrun) -> list[float]:
     """Train by the command, with its launcher; returns the losses."""
     names = (
         "optimizer",
@@ -70,7 +76,7 @@ def train(options, out_dir: Path, processes: int, *more: str) -> list[float]:
     )
     flags = [f"--{name}={getattr(options, name)}" for name in names]
     for _ in range(2):
-        done = launch(processes, *flags, f"--out_dir={out_dir}", *more)
+        done = launch(processes, *flags, f"--out_dir={out_dir}", *more, launcher=launcher)
         if "exitcode  : -6" not in done.stderr:  # gloo aborted once in about 50 starts, on a busy machine
             break
     assert done.returncode == 0, done.stderr[-2000:]
