@@ -148,7 +148,8 @@ class ZeroEngine(Engine):
                 for key in MOMENTS:
                     self.set_moment(parameter, key, self.from_owner(name, moments.get(key), whole))
         self.zero.refresh_fp32_params()
-        step = next(iter(optimizers["state"].values()))["step"]
+        first = self.group_names[0][0]
+        step = self.from_owner(first, optimizers["state"].get(first, {}).get("step"), whole, shape=())
         for held in self.optimizers[0].state.values():
             held["step"].copy_(step)
         for group, saved in zip(self.zero.param_groups, optimizers["param_groups"], strict=True):
@@ -196,10 +197,13 @@ class ZeroEngine(Engine):
         padded = F.pad(value.flatten(), (0, part * self.parallel.world_size - value.numel()))
         safe_set_local_optimizer_state(parameter, padded.split(part)[self.parallel.rank], key)
 
-    def from_owner(self, name: str, tensor: Tensor | None, whole: bool) -> Tensor:
-        """`tensor` on the device; unless all have it `whole`, from the process that has it."""
+    def from_owner(
+        self, name: str, tensor: Tensor | None, whole: bool, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """`tensor`, of the parameter's shape if no other, on the device; unless all have it `whole`, from
+        the process that has it."""
         if tensor is None:
-            tensor = torch.empty(self.shapes[name])
+            tensor = torch.empty(self.shapes[name] if shape is None else shape)
         tensor = tensor.to(self.parallel.device)
         if not whole:
             dist.broadcast(tensor, self.owners[name])
