@@ -94,11 +94,19 @@ def detach(model: MiniMind) -> None:
 
 @torch.no_grad()
 def merge(model: MiniMind) -> None:
-    """Add each adapter to its projection's weight, W + B A computed in fp32, and take it away."""
+    """Add each adapter to its projection's weight, and take it away."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.weight += module.lora.B.weight.float() @ module.lora.A.weight.float()
+            module.weight.copy_(merged_weight(module))
     detach(model)
+
+
+def merged_weight(linear: nn.Linear) -> Tensor:
+    """The weight of a projection and of the adapter beside it, if there is one: W + B A in fp32."""
+    weight = linear.weight.float()
+    if isinstance(linear, LoRALinear):
+        weight = weight + linear.lora.B.weight.float() @ linear.lora.A.weight.float()
+    return weight
 
 
 def lora_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from minimind.chat.options import SamplingOptions
+from minimind.chat.options import WEIGHTS, SamplingOptions
 from minimind.chat.questions import questions_for
 from minimind.chat.session import ChatSession
 from minimind.chat.talk import Talk
@@ -60,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " + ".join([path.name, *adapters])
     print(f"{name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}", file=notes)
 
+    from minimind.chat.inference import InferenceModel
+
+    inference_model = InferenceModel(model, arguments.weights)
     questions = questions_for(stage, adapters)
-    talk = Talk(model, session, options, notes, questions, reasons=stage == "reason")
+    talk = Talk(inference_model, session, options, notes, questions, reasons=stage == "reason")
     if arguments.prompt:
         for text in arguments.prompt:
             talk.answer(text)
@@ -92,6 +95,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--load", type=int, choices=(0, 1), default=0, help="0: a .pth file, 1: a transformers directory")
     add("--tokenizer_path", type=Path, help="tokenizer directory, when it is not MiniMind's own")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--weights", choices=WEIGHTS, default="half", help="how they are held in memory (%(default)s)")
 
     how = parser.add_argument_group("how it answers")
     add = how.add_argument

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from minimind.errors import UserError
 
+WEIGHTS = ("half", "int8", "fp32")  # how an answering model can hold its weights, see `projections.py`
+
 
 @dataclass(frozen=True)
 class SamplingOptions:

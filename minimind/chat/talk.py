@@ -16,7 +16,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from minimind.model import MiniMind
+    from minimind.chat.inference import InferenceModel
 
 YOU, MODEL = "你 / you> ", "MiniMind> "
 HEADINGS = {"thinking": "思考 / thinking:", "answer": "回答 / answer:"}
@@ -27,7 +27,7 @@ DIM = "\x1b[2m{}\x1b[0m"
 class Talk:
     """A model, what has been said, and where to write what is not part of an answer."""
 
-    model: MiniMind
+    model: InferenceModel
     session: ChatSession
     options: SamplingOptions
     notes: TextIO

@@ -27,6 +27,7 @@ def run_script(console: Console, script: str, argv: Sequence[str]) -> None:
 def answerer(weights: Path, adapters: Sequence[Path] = (), max_new_tokens: int = 120) -> Answer:
     """A function that answers questions greedily with the model in `weights`, and LoRA adapters on it."""
     from minimind.chat.generate import generate_batch
+    from minimind.chat.inference import InferenceModel
     from minimind.lora import load_adapters
     from minimind.tokenizer import Tokenizer
     from minimind.weights import load_model
@@ -34,6 +35,7 @@ def answerer(weights: Path, adapters: Sequence[Path] = (), max_new_tokens: int =
     tokenizer = Tokenizer.load()
     model = load_model(weights, "make demo").eval()
     load_adapters(model, adapters, "make demo STAGES=all")
+    inference_model = InferenceModel(model)
     sampling = replace(SamplingOptions(), temperature=0.0, max_new_tokens=max_new_tokens)
 
     def answer(questions: list[str]) -> list[str]:
@@ -41,6 +43,6 @@ def answerer(weights: Path, adapters: Sequence[Path] = (), max_new_tokens: int =
             tokenizer.encode_chat([{"role": "user", "content": q}], add_generation_prompt=True)[0]
             for q in questions
         ]
-        return [tokenizer.decode(ids) for ids in generate_batch(model, prompts, sampling)]
+        return [tokenizer.decode(ids) for ids in generate_batch(inference_model, prompts, sampling)]
 
     return answer

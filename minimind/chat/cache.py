@@ -1,0 +1,71 @@
+"""Keys and values of what has been read, for several answers at once, in memory that is allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.config import ModelConfig
+from minimind.model import attend
+
+# One layer's attention: queries (M, N, D), keys and values (M, 2K, D) of M new tokens → (M, N, D).
+Attention = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class KVCache:
+    """`rows` answers of up to `max_length` positions each. Rows in use come first: row 0, 1, 2, …"""
+
+    def __init__(
+        self, config: ModelConfig, rows: int, max_length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.max_length = max_length
+        self.groups = config.num_key_value_heads
+        shape = (config.num_hidden_layers, rows, 2 * self.groups, max_length, config.head_dim)
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)  # (L, rows, 2K, S, D)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a row over another row."""
+        self.buffer[:, target, :, :length] = self.buffer[:, source, :, :length]
+
+    def one_token_each(self, positions: list[int]) -> Attention:
+        """Attention of one new token in each of the first rows, at `positions`, to all before it."""
+        rows, end, device = len(positions), max(positions) + 1, self.buffer.device
+        places = torch.tensor(positions, device=device)  # (B,)
+        mask = None
+        if rows > 1:
+            mask = torch.zeros(rows, 1, 1, end, device=device, dtype=self.buffer.dtype)
+            mask.masked_fill_(torch.arange(end, device=device) > places.view(-1, 1, 1, 1), -torch.inf)
+        heads = torch.arange(rows * 2 * self.groups, device=device)  # (B · 2K,)
+        places = places.repeat_interleave(2 * self.groups)  # (B · 2K,)
+
+        def attention(layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+            cache = self.buffer[layer, :rows]  # (B, 2K, S, D)
+            cache.flatten(0, 1).index_put_((heads, places), key_value.flatten(0, 1))
+            # The N / K heads that share keys stand as so many queries: PyTorch's kernel for one query and
+            # shared heads takes ten times as long on a CPU.
+            query = query.unflatten(1, (self.groups, -1))  # (B, K, N / K, D)
+            key, value = cache[:, : self.groups, :end], cache[:, self.groups :, :end]  # (B, K, S, D)
+            return F.scaled_dot_product_attention(query, key, value, mask).flatten(1, 2)
+
+        return attention
+
+    def stretch(self, row: int, start: int, length: int) -> Attention:
+        """Causal attention of `length` new tokens of one row, the first of them at position `start`."""
+        end = start + length
+        mask = None
+        if start:
+            allowed = torch.ones(length, end, dtype=torch.bool, device=self.buffer.device).tril(start)
+            mask = torch.zeros(1, 1, length, end, device=self.buffer.device, dtype=self.buffer.dtype)
+            mask.masked_fill_(~allowed, -torch.inf)
+
+        def attention(layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+            cache = self.buffer[layer, row, :, :end]  # (2K, S, D)
+            cache[:, start:] = key_value.transpose(0, 1)
+            key, value = cache[None].chunk(2, dim=1)  # (1, K, S, D)
+            out = attend(query.transpose(0, 1)[None], key, value, mask)  # (1, N, T, D)
+            return out[0].transpose(0, 1)
+
+        return attention

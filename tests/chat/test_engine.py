@@ -1,0 +1,154 @@
+"""Requests that come, share steps, and go, against the same requests alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minimind.chat import engine as engine_module
+from minimind.chat.engine import Engine, Event
+from minimind.chat.generate import generate
+from minimind.chat.inference import InferenceModel
+from minimind.chat.options import SamplingOptions
+from minimind.errors import UserError
+from .models import random_model
+
+GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=20)
+MANY = [
+    (5, GREEDY),
+    (40, SamplingOptions(seed=1, temperature=1, top_p=0.9)),
+    (3, SamplingOptions(seed=2, temperature=0.7, top_k=20, top_p=1)),
+    (70, SamplingOptions(seed=3, temperature=1.2, top_p=1, repetition_penalty=1.3)),
+    (1, SamplingOptions(temperature=0, repetition_penalty=1.2)),
+    (9, SamplingOptions(seed=4)),
+    (33, replace(GREEDY, max_new_tokens=1)),
+    (21, GREEDY),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> InferenceModel:
+    return InferenceModel(random_model(), "fp32")
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[tuple[list[int], SamplingOptions]]:
+    torch.manual_seed(2)
+    return [
+        (torch.randint(3, 300, (length,)).tolist(), replace(options, max_new_tokens=7 + 3 * i))
+        for i, (length, options) in enumerate(MANY)
+    ]
+
+
+def run(engine: Engine) -> dict[int, list[Event]]:
+    events = defaultdict(list)
+    while engine.busy:
+        for event in engine.step():
+            events[event.id].append(event)
+    return events
+
+
+def tokens(events: list[Event]) -> list[int]:
+    return [event.token for event in events if event.token is not None]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("prefill", [8, 256])
+def test_requests_that_join_at_any_time_are_answered_as_alone(model, requests, rows, prefill, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL", prefill)  # small: prompts are read in several steps
+    alone = [list(generate(model, prompt, options)) for prompt, options in requests]
+    engine, events, late = Engine(model, rows, 128), defaultdict(list), list(requests)
+    steps = 0
+    while engine.busy or late:
+        if late and steps % 2 == 0:
+            engine.submit(*late.pop(0))
+        for event in engine.step():
+            events[event.id].append(event)
+        steps += 1
+    assert [tokens(events[i]) for i in range(len(requests))] == alone
+    for own in events.values():
+        assert [event.finished for event in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finished == ("stop" if own[-1].token is None else "length")
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 4, 6])
+def test_others_do_not_notice_a_cancelled_request(model, requests, when, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL", 8)
+    alone = [list(generate(model, prompt, options)) for prompt, options in requests]
+    for gone in range(len(requests)):  # running, half read or waiting
+        engine = Engine(model, rows=4, max_length=128)
+        for request in requests:
+            engine.submit(*request)
+        told = defaultdict(list)
+        for _ in range(when):
+            for event in engine.step():
+                told[event.id].append(event)
+        engine.cancel(gone)
+        later = run(engine)
+        assert gone not in later
+        for i, answer in enumerate(alone):
+            if i != gone:
+                assert tokens(told[i] + later[i]) == answer
+        engine.cancel(gone)  # again, or after its end: no mistake
+
+
+def test_a_long_prompt_is_read_beside_running_answers(model):
+    engine = Engine(model, rows=2, max_length=2048)
+    running = engine.submit([1, 5], replace(GREEDY, max_new_tokens=50), stop_ids=())
+    engine.step()
+    long = engine.submit([7] * 1100, GREEDY, stop_ids=())
+    first = next(i for i in range(50) if any(event.id == long for event in engine.step()))
+    assert first == 4  # 1099 tokens in stretches of 256; the last token of a prompt is fed like an answer's
+    assert len(tokens(run(engine)[running])) == 50 - 1 - first - 1
+
+
+def test_answers_end_where_their_room_does(model):
+    engine = Engine(model, rows=2, max_length=16)
+    engine.submit([5] * 10, GREEDY, stop_ids=())
+    engine.submit([5] * 15, GREEDY, stop_ids=())
+    events = run(engine)
+    assert [len(tokens(events[i])) for i in (0, 1)] == [6, 1]
+    assert {events[i][-1].finished for i in (0, 1)} == {"length"}
+    with pytest.raises(UserError, match="16 tokens; with an answer it must fit in 16"):
+        engine.submit([5] * 16, GREEDY)
+    with pytest.raises(UserError, match="at least one token"):
+        engine.submit([], GREEDY)
+    assert not engine.busy
+    assert engine.step() == []
+
+
+def test_log_probabilities_are_the_models_own(model):
+    plain = random_model()
+    prompt = [1, 5, 9]
+    engine = Engine(model, rows=3, max_length=64)
+    options = SamplingOptions(seed=1, temperature=2, repetition_penalty=1.5, max_new_tokens=12)
+    engine.submit(prompt, options, stop_ids=(), top_logprobs=4)
+    engine.submit(prompt, options, stop_ids=())
+    engine.submit(prompt, options, stop_ids=(), top_logprobs=0)
+    with_top, without, bare = run(engine).values()
+    assert tokens(with_top) == tokens(without) == tokens(bare)
+    assert all(event.logprobs is None for event in without)
+    assert all(event.logprobs.top == [] for event in bare)
+    answer = torch.tensor([prompt + tokens(with_top)])
+    expected = plain(answer).logits[0].log_softmax(-1)
+    for i, event in enumerate(with_top):
+        row = expected[len(prompt) - 1 + i]
+        assert event.logprobs.chosen == pytest.approx(row[event.token].item(), abs=1e-4)
+        values, ids = row.topk(4)
+        assert [token for token, _ in event.logprobs.top] == ids.tolist()
+        assert [value for _, value in event.logprobs.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_stop_ids_belong_to_a_request(model):
+    engine = Engine(model, rows=2, max_length=64)
+    answer = list(generate(model, [1, 5], GREEDY, stop_ids=()))
+    stop = answer[5]
+    engine.submit([1, 5], GREEDY, stop_ids=())
+    engine.submit([1, 5], GREEDY, stop_ids=(stop,))
+    whole, cut = run(engine).values()
+    assert tokens(whole) == answer
+    assert tokens(cut) == answer[: answer.index(stop)]
+    assert cut[-1] == Event(1, finished="stop")

@@ -1,0 +1,141 @@
+"""The model made ready to answer against the model that was trained, and against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind.chat.generate import generate
+from minimind.chat.inference import InferenceModel
+from minimind.chat.options import WEIGHTS, SamplingOptions
+from minimind.chat.projections import PACKS, half, int8
+from minimind.errors import UserError
+from minimind.lora import attach
+from minimind.model import MiniMind
+from .models import SHAPES, random_model
+from test_model import in_transformers
+
+GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
+NEAR = {"fp32": 1e-5, "half": 0.02, "int8": 0.5}  # logits have a standard deviation near 1
+
+
+def logits_of(model: InferenceModel, rows: torch.Tensor, read: list[int]) -> torch.Tensor:
+    """Logits (B, T - sum(read), V): stretches of the lengths `read` first, then one token after another."""
+    cache = model.cache(len(rows), rows.shape[1])
+    for row, ids in enumerate(rows.tolist()):
+        start = 0
+        for length in read:
+            model.read(ids[start : start + length], start, cache, row)
+            start += length
+    return torch.stack(
+        [
+            model.next_logits(rows[:, position].tolist(), [position] * len(rows), cache)
+            for position in range(sum(read), rows.shape[1])
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_the_models(shape, weights):
+    if (shape, weights) == ("moe", "int8"):
+        pytest.skip("random routers are too near a draw: rounding sends tokens to other experts")
+    model = random_model(SHAPES[shape])
+    ids = torch.randint(3, 300, (3, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+    ready = InferenceModel(model, weights)
+    for read in ([], [1], [11], [7, 1, 9]):
+        error = logits_of(ready, ids, read) - expected[:, sum(read) :]
+        assert error.abs().max() <= NEAR[weights]
+
+
+def test_rows_of_different_lengths_share_a_step():
+    model = random_model()
+    ready, ids = InferenceModel(model, "fp32"), torch.randint(3, 300, (3, 30))
+    lengths = [4, 29, 11]
+    cache = ready.cache(5, 30)
+    for row, length in enumerate(lengths):
+        ready.read(ids[row, :length].tolist(), 0, cache, row)
+    found = ready.next_logits([int(ids[row, n]) for row, n in enumerate(lengths)], lengths, cache)
+    with torch.no_grad():
+        expected = model(ids).logits
+    for row, length in enumerate(lengths):
+        assert (found[row] - expected[row, length]).abs().max() <= 1e-5
+
+
+def test_the_model_stays_as_it_is():
+    model = random_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ready = {weights: InferenceModel(model, weights) for weights in WEIGHTS}
+    answers = {weights: list(generate(one, [1, 5], GREEDY)) for weights, one in ready.items()}
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():  # and trained on, it takes nothing with it
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert answers == {weights: list(generate(one, [1, 5], GREEDY)) for weights, one in ready.items()}
+
+
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_adapters_are_merged(shape):
+    model = random_model(SHAPES[shape])
+    ids = torch.randint(3, 300, (2, 12))
+    with torch.no_grad():
+        plain = model(ids).logits
+        attach(model, rank=2)
+        for name, parameter in model.named_parameters():
+            if ".lora." in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        expected = model(ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    assert (logits_of(InferenceModel(model, "fp32"), ids, [5]) - expected[:, 5:]).abs().max() <= 1e-4
+    assert any(".lora." in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_greedy_answers_are_those_of_transformers(shape, tmp_path):
+    model = random_model(SHAPES[shape])
+    ready, reference = InferenceModel(model, "fp32"), in_transformers(model, tmp_path)
+    for length in (1, 6, 40):
+        ids = torch.randint(3, 300, (1, length))
+        expected = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            suppress_tokens=[0, 1, 2],
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert list(generate(ready, ids[0].tolist(), GREEDY, stop_ids=())) == expected[0, length:].tolist()
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_products_are_near_those_of_fp32(weights):
+    weight, x = torch.randn(48, 64), torch.randn(5, 64)
+    expected = F.linear(x, weight)
+    error = (PACKS[weights](weight)(x) - expected).norm() / expected.norm()
+    assert error <= {"fp32": 1e-6, "half": 4e-3, "int8": 0.02}[weights]
+
+
+@pytest.mark.parametrize("pack", [half, int8])
+def test_a_row_does_not_depend_on_the_rows_beside_it(pack):
+    if pack is half and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("needs FBGEMM")
+    project, x = pack(torch.randn(48, 64)), torch.randn(17, 64)
+    together = project(x)
+    assert all(project(x[:rows]).equal(together[:rows]) for rows in (1, 2, 5, 16))
+
+
+def test_int8_of_nothing_is_nothing():
+    assert int8(torch.zeros(8, 16))(torch.zeros(2, 16)).equal(torch.zeros(2, 8))
+
+
+def test_int8_elsewhere_than_on_a_cpu_is_refused():
+    with torch.device("meta"):
+        model = MiniMind(SHAPES["dense"])
+    with pytest.raises(UserError, match="--weights int8 is for a CPU"):
+        InferenceModel(model, "int8")

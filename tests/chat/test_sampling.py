@@ -1,0 +1,144 @@
+"""The sampler against the definitions of its papers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from minimind.chat.options import SamplingOptions
+from minimind.chat.sampling import CANDIDATES, Sampler, penalize_repetition, sample, token_logprobs
+from minimind.errors import UserError
+
+LOGITS = [2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -3.0]
+DRAWS = 40_000
+ANY = (0, 1, 2)  # as stop ids: no token is forbidden
+
+
+def reference(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
+    """Temperature, then top-k, then the smallest nucleus, one token after another."""
+    weights = [math.exp(x / temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
+    total = sum(weights[i] for i in order)
+    kept, mass = [], 0.0
+    for i in order:
+        kept.append(i)
+        mass += weights[i] / total
+        if mass >= top_p:
+            break
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def draws(logits: torch.Tensor, options: list[SamplingOptions], count: int = 1) -> list[list[int]]:
+    """`count` draws for each of the options, all from the same logits (V,), in shared batches."""
+    samplers = [Sampler(option, ANY) for option in options]
+    batch = max(1, 2000 // len(samplers))
+    found = [[] for _ in samplers]
+    for _ in range(-(-count // batch)):
+        rows = logits.repeat(len(samplers) * batch, 1)
+        ids = sample(rows, samplers * batch, [[]] * len(rows))
+        for i, own in enumerate(found):
+            own += ids[i :: len(samplers)]
+    return found
+
+
+KNOBS = [
+    (1, None, 1),
+    (0.5, None, 1),
+    (2, None, 1),
+    (1, 3, 1),
+    (1, None, 0.7),
+    (0.7, None, 0.95),
+    (1.3, 4, 0.8),
+    (1, 1, 1),
+    (1, 100, 0.9),
+    (0, None, 1),
+]
+
+
+def test_draws_follow_the_definition_whatever_the_neighbours_ask_for():
+    options = [SamplingOptions(temperature=t, top_k=k, top_p=p, seed=0) for t, k, p in KNOBS]
+    for (temperature, top_k, top_p), ids in zip(
+        KNOBS, draws(torch.tensor(LOGITS), options, DRAWS), strict=True
+    ):
+        shares = torch.tensor(ids).bincount(minlength=8) / len(ids)
+        expected = reference(LOGITS, temperature or 1e-2, top_k, top_p)
+        for share, p in zip(shares.tolist(), expected, strict=True):
+            # 5 sigma; exactly 0 outside the set
+            assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / DRAWS)
+
+
+@pytest.mark.parametrize("top_p", [0.6, 0.9])
+def test_a_nucleus_wider_than_the_candidates_is_found_exactly(top_p):
+    logits = torch.linspace(0, -1, 2000)
+    kept = sum(p > 0 for p in reference(logits.tolist(), 1, None, top_p))
+    assert kept > 8 * CANDIDATES
+    wide, narrow = (SamplingOptions(temperature=t, top_p=top_p, seed=0) for t in (1, 0.01))
+    ids, near = draws(logits, [wide, narrow], 5000)
+    assert kept - 20 <= max(ids) <= kept  # the id is the rank here
+    assert max(near) < CANDIDATES
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30, 1e-5])
+def test_no_temperature_is_greedy(temperature):
+    logits = torch.randn(50, 300)
+    samplers = [Sampler(SamplingOptions(temperature=temperature, repetition_penalty=1), ANY)] * 50
+    assert sample(logits.clone(), samplers, [[]] * 50) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_p", [1, 0.5])
+def test_a_draw_depends_on_its_own_row_alone(top_p):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(20, 2000) * torch.rand(20, 1)
+    mine = SamplingOptions(temperature=1, top_p=top_p, seed=5)
+    alone = sample(logits[:1].clone(), [Sampler(mine)], [[]])
+    neighbours = [Sampler(SamplingOptions(temperature=i / 10, top_k=40 * i or None)) for i in range(19)]
+    assert sample(logits, [Sampler(mine), *neighbours], [[]] * 20)[:1] == alone
+
+
+def test_the_largest_uniform_number_still_draws_a_possible_token(monkeypatch):
+    monkeypatch.setattr(Sampler, "uniform", lambda _: 1 - 2**-24)
+    for options in (SamplingOptions(temperature=1, top_p=1), SamplingOptions(temperature=1, top_k=3)):
+        for scale in (0.1, 1, 10):
+            logits = scale * torch.randn(50, 300)
+            logits[:, 200:] = -torch.inf
+            assert max(sample(logits, [Sampler(options, ANY)] * 50, [[]] * 50)) < 200
+
+
+def test_penalty_divides_or_multiplies_what_was_said_once():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]]).repeat(3, 1)
+    penalize_repetition(logits, [[0, 1, 0], [3, 3, 3], [0, 1]], [1.25, 1.25, 1])
+    expected = [[2 / 1.25, -2 * 1.25, 1.0, 0.5], [2.0, -2.0, 1.0, 0.5 / 1.25], [2.0, -2.0, 1.0, 0.5]]
+    torch.testing.assert_close(logits, torch.tensor(expected))
+
+
+def test_log_probabilities_name_the_likeliest():
+    logprobs = torch.tensor([0.1, 0.6, 0.3]).log()
+    found = token_logprobs(logprobs, 0, 2)
+    assert found.chosen == pytest.approx(math.log(0.1))
+    assert [token for token, _ in found.top] == [1, 2]
+    assert found.top[0][1] == pytest.approx(math.log(0.6))
+    assert token_logprobs(logprobs, 2, 0).top == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"top_p": math.nan},
+        {"top_k": 0},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+)
+def test_senseless_options_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SamplingOptions(**wrong)
