@@ -31,46 +31,6 @@ class ModelOutput(NamedTuple):
     routing: list[Routing]  # one entry a layer; empty for a dense model
 
 
-class KVCache:
-    """Keys and values of the positions seen so far, allocated once for `max_length` positions."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            2,
-            batch_size,
-            config.num_key_value_heads,
-            max_length,
-            config.head_dim,
-        )
-        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    @property
-    def max_length(self) -> int:
-        return self.buffer.shape[-2]
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) behind what is there; return all keys and values so far, (B, K, length + T, D).
-
-        `length` itself moves once a forward pass, in `Decoder.forward`, when every layer has appended.
-        """
-        end = self.length + key.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} positions, {end} were needed")
-        keys, values = self.buffer[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The precision of matrix products on x: under autocast its dtype, else x's own.
 
@@ -140,9 +100,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -151,16 +110,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
-        """x (B, T, H) → (B, T, H). `mask` (B or 1, 1, T, S) is added to the scores; None is causal."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x (B, T, H) → (B, T, H). `mask` (B, 1, T, T) is added to the scores; None is causal."""
         split = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rotary)  # (B, N, T, D)
         key = rotate(self.k_proj(x).view(split).transpose(1, 2), *rotary)  # (B, K, T, D)
         value = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, D)
-        if cache is not None:
-            key, value = cache.append(self.layer, key, value)  # (B, K, S, D)
         out = attend(query, key, value, mask)  # (B, N, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -198,10 +153,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.num_experts:
             from minimind.moe import MoE
@@ -215,10 +170,9 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: KVCache | None,
         is_token: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
@@ -232,7 +186,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
 
@@ -241,16 +195,15 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         rows, length = input_ids.shape
-        past = cache.length if cache else 0
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device).expand(rows, -1)
+            position_ids = torch.arange(length, device=input_ids.device).expand(rows, -1)
         x = self.embed_tokens(input_ids)  # (B, T, H)
         rotary = self.rotary(position_ids, compute_dtype(x))
-        mask = attention_mask(length, past, document_ids, input_ids.device)
-        if mask is not None:
+        mask = None
+        if document_ids is not None:
+            mask = attention_mask(document_ids)
             mask = torch.zeros(mask.shape, device=x.device, dtype=rotary[0].dtype).masked_fill(
                 ~mask, -torch.inf
             )
@@ -258,29 +211,19 @@ class Decoder(nn.Module):
 
         routings = []
         for layer in self.layers:
-            x, routing = layer(x, rotary, mask, cache, is_token)
+            x, routing = layer(x, rotary, mask, is_token)
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.length += length
         return self.norm(x), routings
 
 
-def attention_mask(
-    length: int, past: int, document_ids: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Who may look at whom: (B, 1, T, T) within documents, (1, 1, T, past + T) behind a cache.
+def attention_mask(document_ids: Tensor) -> Tensor:
+    """Who may look at whom, (B, 1, T, T): what came before, in the same document.
 
-    None stands for plain causal attention, which kernels know without a mask. A padding position
-    (document -1) sees the padding before it and itself, so that no softmax is over nothing.
+    A padding position (document -1) sees the padding before it and itself, so that no softmax is over nothing.
     """
-    if document_ids is None and (past == 0 or length == 1):
-        return None
-    causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-    if document_ids is None:
-        return causal[None, None]
     same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
-    return (same_document & causal)[:, None]
+    return same_document.tril()[:, None]
 
 
 class MiniMind(nn.Module):
@@ -319,23 +262,21 @@ class MiniMind(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
         logits_at: Tensor | None = None,
     ) -> ModelOutput:
         """Next-token logits.
 
         Args:
             input_ids: (B, T) token ids.
-            position_ids: (B, T) positions for the rotation; by default they count on from the cache.
+            position_ids: (B, T) positions for the rotation; by default 0, 1, 2, …
             document_ids: (B, T) numbers that tell packed documents apart; attention stays within equal
                 numbers, and -1 marks padding. None: one document a row.
-            cache: keys and values of earlier positions; extended in place.
             logits_at: (M,) flat indices into the B·T positions whose logits are wanted. The vocabulary
                 is the widest product of a small model, so a loss on answers alone asks for those alone.
 
         Returns: logits (B, T, V), or (M, V) with `logits_at`, and the routing of mixture layers.
         """
-        hidden, routing = self.model(input_ids, position_ids, document_ids, cache)
+        hidden, routing = self.model(input_ids, position_ids, document_ids)
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]  # (M, H)
         return ModelOutput(self.lm_head(hidden), routing)
