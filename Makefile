@@ -17,8 +17,9 @@ lint: .venv/ready-dev  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready-dev  ## training speed, side by side with the original's recipe
+bench: .venv/ready-dev  ## training speed beside the original's recipe, generation speed beside transformers
 	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.generation_speed
 
 faults: .venv/ready-dev  ## kill, stop, starve and damage small trainings, and compare what comes out (about a quarter of an hour)
 	$(BIN)/python -m faults

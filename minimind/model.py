@@ -220,7 +220,7 @@ class Decoder(nn.Module):
 def attention_mask(document_ids: Tensor) -> Tensor:
     """Who may look at whom, (B, 1, T, T): what came before, in the same document.
 
-    A padding position (document -1) sees the padding before it and itself, so that no softmax is over nothing.
+    A padding position (document -1) sees the padding before it and itself: no softmax is over nothing.
     """
     same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
     return same_document.tril()[:, None]

@@ -125,6 +125,20 @@ def test_prompts_print_the_answers_alone(out, capsys):
     assert first.out != capsys.readouterr().out
 
 
+def test_weights_choose_how_the_model_is_held(out, monkeypatch, capsys):
+    held = []
+    monkeypatch.setattr(
+        "minimind.chat.inference.InferenceModel", lambda model, weights: held.append(weights) or model
+    )
+    say(monkeypatch, [], [])
+    arguments = ["--out_dir", str(out), "--device", "cpu", "--prompt", "一"]
+    cli.main(arguments)
+    cli.main([*arguments, "--weights", "int8"])
+    assert held == ["half", "int8"]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--weights", "int4"])
+
+
 def test_answers_stand_on_lines_of_their_own(out, capsys, monkeypatch):
     say(monkeypatch, bytes_as_tokens("甲"), bytes_as_tokens("乙 b"))
     cli.main(["--out_dir", str(out), "--device", "cpu", "--prompt", "一", "--prompt", "二"])

@@ -14,6 +14,7 @@ from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import SamplingOptions
 from minimind.errors import UserError
+
 from .models import random_model
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=20)

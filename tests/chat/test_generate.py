@@ -12,6 +12,7 @@ from minimind.chat.inference import InferenceModel
 from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import PENALTY_WINDOW
 from minimind.errors import UserError
+
 from .models import DENSE, MOE, random_model
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)

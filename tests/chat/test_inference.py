@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import in_transformers
 
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
@@ -13,8 +14,8 @@ from minimind.chat.projections import PACKS, half, int8
 from minimind.errors import UserError
 from minimind.lora import attach
 from minimind.model import MiniMind
+
 from .models import SHAPES, random_model
-from test_model import in_transformers
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=24)
 NEAR = {"fp32": 1e-5, "half": 0.02, "int8": 0.5}  # logits have a standard deviation near 1
