@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind import blocks
+from minimind.blocks import BlockMask
 from minimind.config import ModelConfig, YarnScaling
 
 
@@ -110,8 +112,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x (B, T, H) → (B, T, H). `mask` (B, 1, T, T) is added to the scores; None is causal."""
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None
+    ) -> Tensor:
+        """x (B, T, H) → (B, T, H). A tensor (B, 1, T, T) is added to the scores; None is causal."""
         split = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rotary)  # (B, N, T, D)
         key = rotate(self.k_proj(x).view(split).transpose(1, 2), *rotary)  # (B, K, T, D)
@@ -120,13 +124,15 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Softmax attention: query (B, N, T, D) over keys and values (B, K, S, D) → (B, N, T, D).
 
-    On a CPU rows of packed documents are computed as the equation reads: in bf16 two plain products take
-    half the time of PyTorch's fused kernel there. What the latter saves is the memory of the scores, which
-    is why it takes the long rows.
+    On a GPU rows of packed documents have a block mask and a kernel for it (`blocks.py`). On a CPU they are
+    computed as the equation reads: in bf16 two plain products take half the time of PyTorch's fused kernel
+    there. What the latter saves is the memory of the scores, which is why it takes the long rows.
     """
+    if isinstance(mask, BlockMask):
+        return blocks.attend(query, key, value, mask)
     rows, heads, length, width = query.shape
     if mask is None or query.device.type != "cpu" or not 1 < length <= 1024:
         causal = mask is None and length > 1
@@ -169,7 +175,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         is_token: Tensor | None,
     ) -> tuple[Tensor, Routing | None]:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
@@ -203,7 +209,8 @@ class Decoder(nn.Module):
         rotary = self.rotary(position_ids, compute_dtype(x))
         mask = None
         if document_ids is not None:
-            mask = attention_mask(document_ids)
+            mask = attention_mask(document_ids, rotary[0].shape[-1])
+        if isinstance(mask, Tensor):
             mask = torch.zeros(mask.shape, device=x.device, dtype=rotary[0].dtype).masked_fill(
                 ~mask, -torch.inf
             )
@@ -217,11 +224,14 @@ class Decoder(nn.Module):
         return self.norm(x), routings
 
 
-def attention_mask(document_ids: Tensor) -> Tensor:
+def attention_mask(document_ids: Tensor, head_dim: int) -> Tensor | BlockMask:
     """Who may look at whom, (B, 1, T, T): what came before, in the same document.
 
-    A padding position (document -1) sees the padding before it and itself: no softmax is over nothing.
+    A padding position (document -1) sees the padding before it and itself: no softmax is over nothing. On a
+    GPU it is a block mask, made here once for all layers.
     """
+    if blocks.usable(document_ids.device, head_dim):
+        return blocks.document_mask(document_ids)
     same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
     return same_document.tril()[:, None]
 

@@ -121,7 +121,7 @@ def test_logits_at_chosen_positions_only():
 
 
 def test_attention_stays_within_documents_and_padding_sees_itself():
-    assert attention_mask(torch.tensor([[0, 0, 1, -1, -1]]))[0, 0].int().tolist() == [
+    assert attention_mask(torch.tensor([[0, 0, 1, -1, -1]]), 8)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 0, 1, 0, 0],

@@ -1,0 +1,111 @@
+"""What the model does on a GPU alone, its mathematics simulated on a CPU: the same as what a CPU does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex_module
+
+from minimind import blocks, lora, moe
+from minimind.config import ModelConfig
+from minimind.model import BlockMask, MiniMind, attention_mask
+
+DENSE = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
+MOE = ModelConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=101, num_experts=4)
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "usable", lambda *_: True)
+    monkeypatch.setattr(blocks, "compiled", lambda: blocks.flex_attention)
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
+
+
+def random_model(config: ModelConfig) -> MiniMind:
+    torch.manual_seed(0)
+    model = MiniMind(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=parameter.dim() == 1, std=0.08)
+    return model
+
+
+def packed() -> tuple[Tensor, Tensor]:
+    """Ids and document ids (2, 200), more than one block of the kernel; the second row ends in padding."""
+    ids = torch.randint(101, (2, 200), generator=torch.Generator().manual_seed(1))
+    documents = torch.stack((torch.arange(200) // 70, torch.arange(200) // 30)).int()
+    documents[1, 150:] = -1
+    return ids, documents
+
+
+def logits_and_gradients(model: MiniMind, ids: Tensor, documents: Tensor) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    logits = model(ids, document_ids=documents).logits
+    logits.square().mean().backward()
+    return logits, [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def test_a_block_mask_attends_like_a_dense_one(flex_on_cpu, monkeypatch):
+    model, batch = random_model(DENSE), packed()
+    assert isinstance(attention_mask(200, 0, batch[1], torch.device("cpu"), 16), BlockMask)
+    with_blocks = logits_and_gradients(model, *batch)
+    monkeypatch.setattr(blocks, "usable", lambda *_: False)
+    torch.testing.assert_close(with_blocks, logits_and_gradients(model, *batch))
+
+
+def test_a_block_mask_keeps_documents_apart(flex_on_cpu):
+    model, (ids, documents) = random_model(DENSE), packed()
+    with torch.no_grad():
+        before = model(ids, document_ids=documents).logits
+        after = model(ids.index_fill(1, torch.arange(70), 7), document_ids=documents).logits
+    torch.testing.assert_close(before[0, 70:], after[0, 70:], rtol=0, atol=0)
+    assert not torch.allclose(before[0, :70], after[0, :70])
+
+
+def test_a_compiled_model_makes_its_block_mask_without_a_break_or_a_second_compilation(flex_on_cpu):
+    torch._dynamo.reset()
+    model, (ids, documents) = random_model(DENSE), packed()
+    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(ids, None, documents)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(ids, None, documents.flip(0))[0]
+        torch.testing.assert_close(found, model.model(ids, None, documents.flip(0))[0])
+
+
+def test_narrow_heads_keep_the_dense_mask():
+    assert not blocks.usable(torch.device("cuda"), 8)
+    assert not blocks.usable(torch.device("cpu"), 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_one_product_are_experts_one_by_one(dtype, monkeypatch):
+    model, batch = random_model(MOE), packed()
+    model.model.layers[0].mlp.gate.weight.data[3] = 0  # little chosen
+    model.model.layers[0].mlp.gate.weight.data[2] = 0
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        expected = logits_and_gradients(model, *batch)
+        monkeypatch.setattr(moe, "grouped", lambda *_: True)
+        found = logits_and_gradients(model, *batch)
+    tolerance = {"rtol": 0.02, "atol": 2e-3} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_an_expert_without_a_token():
+    experts = random_model(MOE).model.layers[0].mlp.experts
+    x = torch.randn(6, 64)
+    y = moe.together(experts, x, torch.tensor([4, 0, 2, 0]))
+    torch.testing.assert_close(y, torch.cat((experts[0](x[:4]), experts[2](x[4:]))), rtol=1e-4, atol=1e-6)
+    y.square().sum().backward()
+    assert experts[0].gate_proj.weight.grad.any()
+    assert not experts[1].gate_proj.weight.grad.any()
+
+
+def test_experts_with_adapters_work_one_by_one():
+    class OnGPU:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    model = random_model(MOE)
+    assert moe.grouped(OnGPU, model.model.layers[0].mlp.experts)
+    lora.attach(model, targets=["up_proj"])
+    assert not moe.grouped(OnGPU, model.model.layers[0].mlp.experts)
