@@ -1,0 +1,126 @@
+"""Everything about one GPU in under nine minutes: is it right, how fast is it, what does an epoch take?
+
+    python -m benchmarks.gpu                                  on a machine with a CUDA card
+    python -m benchmarks.gpu --device cpu --dry_run 1         the same code with tiny models, anywhere
+
+Results are checked against the CPU's first. Then every preset pretrains and every other stage trains `small`,
+with default flags, each in a process of its own: one that fails is a row with its error. The MFU leaves
+attention out, and is given against the measured rate of bf16 products and against the card's data sheet.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.data import RECORDS, write_data
+from benchmarks.gpu.jobs import caught, in_own_process
+from benchmarks.gpu.report import card_of, show, with_shares
+from minimind.environment import environment
+from minimind.errors import UserError, run_cli
+from minimind.flags import flag, parse_flags
+from minimind.paths import DATASET_DIR, ROOT
+
+BOX = 100  # seconds for a job, of which compiling takes the most
+STRETCH_SECONDS, STRETCH_STEPS = 50, 300  # of a real run: so many steps, fewer if they would take longer
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    data_dir: Path = flag(
+        DATASET_DIR, "folder of the data files, plain or .gz; text is made for missing ones"
+    )
+    device: str = flag("cuda", "cuda, cuda:1 or cpu")
+    minutes: float = flag(8.5, "what has not begun by then is left out")
+    seconds: float = flag(8.0, "measured steps of each job")
+    dry_run: bool = flag(False, "tiny models, a moment each: shows that the benchmark works, and no speed")
+    json: Path = flag(ROOT / "benchmarks/results/gpu.json", "where the results are written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(BenchmarkOptions, argv, __doc__)
+    import torch
+
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA card here; --device cpu --dry_run 1 tries out the benchmark")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="minimind_gpu_data_") as folder:
+        origins = write_data(Path(folder), options.data_dir, 400 if options.dry_run else RECORDS)
+        results = measure_all(options, Path(folder), began + 60 * options.minutes)
+    card = card_of(options.device)
+    results = {
+        "command": f"python -m benchmarks.gpu {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
+        "card": card,
+        "machine": environment() | versions(),
+        "data": origins,
+        "dry_run": options.dry_run,
+        "seconds": time.perf_counter() - began,
+        **with_shares(results, card),
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(results)
+    return 0 if not failures(results) else 1
+
+
+def failures(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [row for row in (*results["speed"], results["stretch"]) if "error" in row]
+    rows += [results["matmul_bf16"]] if isinstance(results["matmul_bf16"], dict) else []
+    return rows + [check for check in results["checks"] if not check["passed"]]
+
+
+def measure_all(options: BenchmarkOptions, data: Path, end: float) -> dict[str, Any]:
+    from benchmarks.gpu.checks import all_checks, peak_rate
+    from benchmarks.gpu.speed import Job, Setting, measure, stretch
+
+    setting = Setting(options.device, data, options.seconds, options.dry_run)
+
+    def job(function: Any, *arguments: Any) -> Any:
+        print(*(function.__name__, *arguments[:-1]), flush=True)
+        if options.dry_run:  # a process for each would take longer than all else
+            return caught(function, *arguments)
+        left = end - time.perf_counter()
+        if left < 5:
+            return {"error": "no time was left"}
+        return in_own_process(min(BOX, left), function, *arguments)
+
+    rate = job(peak_rate, setting)
+    checks = job(all_checks, setting)
+    jobs = [Job("pretrain", preset) for preset in ("small", "moe", "base", "tiny")]
+    jobs += [Job(stage, "small") for stage in ("sft", "lora", "dpo", "reason", "distill")]
+    jobs += [Job("pretrain", "moe", compile="1")]  # which `auto` does not do
+    speed = [vars(each) | job(measure, each, setting) for each in jobs[:1]]
+    run = job(stretch, stretch_steps(speed[0], options.dry_run), setting)
+    speed += [vars(each) | job(measure, each, setting) for each in jobs[1:]]
+    if isinstance(checks, dict):
+        checks = [{"model": "all", "check": "all", "value": None, "limit": None, "passed": False, **checks}]
+    return {"matmul_bf16": rate, "checks": checks, "speed": speed, "stretch": run}
+
+
+def stretch_steps(small: dict[str, Any], dry_run: bool) -> int:
+    if dry_run:
+        return 5
+    return max(20, min(STRETCH_STEPS, int(STRETCH_SECONDS / small.get("step_s", 1.0))))
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides a GPU's speed beside PyTorch."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    found: dict[str, str | None] = {"CUDA": torch.version.cuda}
+    if torch.cuda.is_available():
+        driver = caught(subprocess.check_output, query)
+        found["driver, power limit"] = None if isinstance(driver, dict) else driver.decode().strip()
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main)
