@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from benchmarks.gpu.jobs import caught
 from benchmarks.gpu.speed import Setting
@@ -89,10 +90,16 @@ def packed_batch(setting: Setting) -> Batch:
 
 
 def loss_and_gradients(
-    model: MiniMind, batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32
+    model: MiniMind,
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The mean loss, and the gradient of each parameter, computed on `device`."""
+    """The mean loss, and the gradient of each parameter, computed on `device`, compiled with a `backend`."""
     model = copy.deepcopy(model).to(device)
+    if backend:
+        model.model.compile(backend=backend)
     batch = batch.to(device)
     with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
         loss = NextToken().loss(model, batch, BALANCE).total / batch.num_target_tokens
@@ -131,24 +138,31 @@ def apart(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check
     wants_blocks = device.type == "cuda"
     yield check("a GPU has a block mask", float(isinstance(mask, BlockMask) != wants_blocks), 0)
     first = batch.document_ids == 0  # (B, T)
-    changed = replace(batch, input_ids=torch.where(first, batch.input_ids + 1, batch.input_ids))
+    other = (batch.input_ids + 1) % model.config.vocab_size
+    changed = replace(batch, input_ids=torch.where(first, other, batch.input_ids))
     rest = ~first.flatten()[batch.targets_at]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, limit in (
+        (torch.float32, 1e-3),
+        (torch.bfloat16, 5e-2),
+    ):  # experts' products change their size
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
             before, after = (at_targets(model, b).logits for b in (batch, changed))
         name = str(dtype).removeprefix("torch.")
-        yield check(f"a changed document, seen by others, {name}", (before - after)[rest].abs().max(), 1e-3)
+        yield check(f"a changed document, seen by others, {name}", (before - after)[rest].abs().max(), limit)
         itself = (before - after)[~rest].abs().max()
-        yield check(f"a changed document, not seen by itself, {name}", float(itself < 1e-2), 0)
+        yield check(f"a changed document, not seen by itself, {name}", float(itself < 0.2), 0)
 
 
 def compiled(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check]:
     """As training does on a GPU; on a CPU, where the whole compiler takes a minute, its first part alone."""
     eager, eager_gradients = loss_and_gradients(model, batch, device, torch.bfloat16)
     torch._dynamo.reset()
-    changed = copy.deepcopy(model)
-    changed.model.compile(backend="inductor" if device.type == "cuda" else "eager")
-    loss, gradients = loss_and_gradients(changed, batch, device, torch.bfloat16)
+    counters.clear()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    loss, gradients = loss_and_gradients(model, batch, device, torch.bfloat16, backend)
+    yield check("nothing was compiled", float(counters["stats"]["unique_graphs"] == 0), 0)
+    if device.type == "cuda":
+        yield check("breaks of the compiled graph", sum(counters["graph_break"].values()), 0)
     yield check("loss, compiled against eager, bf16", (loss / eager - 1).abs(), 2e-3)
     limit = 0.4 if model.config.num_experts else 0.1
     yield check("gradients, compiled against eager, bf16", distance(gradients, eager_gradients), limit)
@@ -161,7 +175,7 @@ def training_and_answers(config: ModelConfig, setting: Setting) -> Iterator[Chec
         model, losses[device] = short_training(config, setting, device)
     expected, found = torch.tensor(losses["cpu"]), torch.tensor(losses[setting.device])
     yield check("losses of a training, fp32", (found / expected - 1).abs().max(), 5e-3)
-    yield check("a training that does not learn", float(expected[-1] > expected[0] - 0.2), 0)
+    yield check("a training that does not learn", float(expected[-1] > expected[0]), 0)
 
     tokenizer = Tokenizer.load()
     prompts = [
@@ -187,13 +201,13 @@ def short_training(config: ModelConfig, setting: Setting, device: str) -> tuple[
             max_seq_len=128,
             batch_size=4 if setting.dry_run else 16,
             accumulation_steps=1,
-            learning_rate=3e-3,
+            learning_rate=1e-2,
             warmup_iters=0,
             dtype="float32",
             compile="0",
             device=device,
             epochs=100,
-            max_steps=5 if setting.dry_run else 15,
+            max_steps=10 if setting.dry_run else 15,
             on_bad_record="skip",
         )
         parallel = setup(device, "float32")

@@ -86,7 +86,7 @@ def speed_table(results: dict[str, Any]) -> Table:
         "MFU measured",
         "MFU data sheet",
         "peak GB",
-        "rows",
+        "rows (at once)",
         "step s",
         "compile s",
     )
@@ -97,7 +97,7 @@ def speed_table(results: dict[str, Any]) -> Table:
             table.add_row(name, row["error"], style="red")
             continue
         mfu = [f"{row[key]:.1%}" if row[key] else "unknown" for key in ("mfu_measured", "mfu_data_sheet")]
-        rows = "{} × {}".format(*row["rows"])
+        rows = "{} ({}) × {}".format(row["rows"][0], row["rows_at_once"], row["rows"][1])
         speed, memory = f"{row['tokens_per_s']:,.0f}", f"{row['peak_gb']:.2f}"
         table.add_row(name, speed, *mfu, memory, rows, f"{row['step_s']:.3f}", f"{row['compile_s']:.0f}")
     return table

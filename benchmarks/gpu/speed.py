@@ -78,18 +78,8 @@ def measure(job: Job, setting: Setting) -> dict[str, Any]:
         trainer = build(job, setting, Path(folder))
         built = time.perf_counter()
         seconds, tokens = [], []
-        with closing(prefetch(trainer.step_batches(0))) as steps:
-            last = clock(trainer)
-            for step, batches in enumerate(steps):
-                values = trainer.optimizer_step(step, batches, StopSignals())
-                if values is None:
-                    raise MemoryError("the default batch does not fit")
-                now = clock(trainer)
-                seconds.append(now - last)
-                tokens.append(values["tokens"])
-                last = now
-                if len(seconds) > WARM_UP and sum(seconds[WARM_UP:]) > setting.seconds:
-                    break
+        while not seconds:  # out of memory: as a run does, again with fewer rows at once
+            seconds, tokens, loss = timed_steps(trainer, setting.seconds)
         counted = seconds[WARM_UP:]
         return {
             "tokens_per_s": sum(tokens[WARM_UP:]) / sum(counted),
@@ -97,6 +87,7 @@ def measure(job: Job, setting: Setting) -> dict[str, Any]:
             "slowest_step_s": max(counted),
             "steps": len(counted),
             "rows": [trainer.shares.rows_per_step, trainer.options.max_seq_len],
+            "rows_at_once": trainer.shares.rows_at_once,
             "padding": trainer.data.padding_fraction,
             "flops_per_token": trainer.flops_per_token,
             "peak_gb": peak_memory(trainer.parallel.device) / 1e9,
@@ -104,8 +95,26 @@ def measure(job: Job, setting: Setting) -> dict[str, Any]:
             "compiled": trainer.compiled,
             "build_s": built - began,
             "compile_s": sum(seconds[:WARM_UP]) - WARM_UP * statistics.median(counted),
-            "last_loss": values["loss"],
+            "last_loss": loss,
         }
+
+
+def timed_steps(trainer: Trainer, enough: float) -> tuple[list[float], list[int], float]:
+    """Seconds and useful tokens of each step, and the last loss; empty when memory ran out."""
+    seconds, tokens = [], []
+    with closing(prefetch(trainer.step_batches(0))) as steps:
+        last = clock(trainer)
+        for step, batches in enumerate(steps):
+            values = trainer.optimizer_step(step, batches, StopSignals())
+            if values is None:
+                return [], [], 0.0
+            now = clock(trainer)
+            seconds.append(now - last)
+            tokens.append(values["tokens"])
+            last = now
+            if len(seconds) > WARM_UP and sum(seconds[WARM_UP:]) > enough:
+                break
+    return seconds, tokens, values["loss"]
 
 
 def stretch(steps: int, setting: Setting) -> dict[str, Any]:
