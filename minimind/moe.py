@@ -57,11 +57,16 @@ class MoE(nn.Module):
 
 def grouped(x: Tensor, experts: nn.ModuleList) -> bool:
     """Whether the experts can work in one product: a GPU's kernel wants bf16, widths of whole 16 bytes, and
-    projections that are weights alone, without adapters beside them."""
+    projections that are weights alone (no adapters), here as a whole (ZeRO 3 brings those it calls)."""
     if x.device.type != "cuda" or compute_dtype(x) is not torch.bfloat16:
         return False
     projections = [p for expert in experts for p in (expert.gate_proj, expert.up_proj, expert.down_proj)]
-    return all(type(p) is nn.Linear and p.in_features % 8 == p.out_features % 8 == 0 for p in projections)
+    return all(
+        type(p) is nn.Linear
+        and p.in_features % 8 == p.out_features % 8 == 0
+        and p.weight.shape == (p.out_features, p.in_features)
+        for p in projections
+    )
 
 
 def together(experts: nn.ModuleList, x: Tensor, visits: Tensor) -> Tensor:
@@ -73,10 +78,8 @@ def together(experts: nn.ModuleList, x: Tensor, visits: Tensor) -> Tensor:
     ends = visits.cumsum(dim=0).int()  # (E,) where the block of each expert ends
 
     def product(x: Tensor, name: str) -> Tensor:
-        weights = torch.stack([getattr(expert, name).weight for expert in experts]).to(
-            x.dtype
-        )  # (E, out, in)
-        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)  # (M·k, out)
+        weights = torch.stack([getattr(expert, name).weight for expert in experts])  # (E, out, in)
+        return F.grouped_mm(x, weights.to(x.dtype).transpose(1, 2), offs=ends)  # (M·k, out)
 
     return product(F.silu(product(x, "gate_proj")) * product(x, "up_proj"), "down_proj")
 

@@ -62,15 +62,17 @@ def test_a_block_mask_keeps_documents_apart(flex_on_cpu):
     assert not torch.allclose(before[0, :70], after[0, :70])
 
 
-def test_a_compiled_model_makes_its_block_mask_without_a_break_or_a_second_compilation(flex_on_cpu):
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_a_compiled_model_is_one_graph_for_all_batches(config, flex_on_cpu, monkeypatch):
+    monkeypatch.setattr(moe, "grouped", lambda *_: True)
     torch._dynamo.reset()
-    model, (ids, documents) = random_model(DENSE), packed()
+    model, (ids, documents) = random_model(config), packed()
     compiled = torch.compile(model.model, backend="eager", fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         compiled(ids, None, documents)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found = compiled(ids, None, documents.flip(0))[0]
-        torch.testing.assert_close(found, model.model(ids, None, documents.flip(0))[0])
+            found = compiled(ids.flip(0), None, documents.flip(0))[0]
+        torch.testing.assert_close(found, model.model(ids.flip(0), None, documents.flip(0))[0])
 
 
 def test_narrow_heads_keep_the_dense_mask():
@@ -101,11 +103,20 @@ def test_an_expert_without_a_token():
     assert not experts[1].gate_proj.weight.grad.any()
 
 
-def test_experts_with_adapters_work_one_by_one():
-    class OnGPU:
-        device, dtype = torch.device("cuda"), torch.bfloat16
+class OnGPU:
+    """What `grouped` asks of a tensor."""
 
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+def test_experts_with_adapters_work_one_by_one():
     model = random_model(MOE)
     assert moe.grouped(OnGPU, model.model.layers[0].mlp.experts)
     lora.attach(model, targets=["up_proj"])
     assert not moe.grouped(OnGPU, model.model.layers[0].mlp.experts)
+
+
+def test_experts_whose_weights_are_elsewhere_work_one_by_one():
+    experts = random_model(MOE).model.layers[0].mlp.experts
+    experts[1].down_proj.weight.data = torch.empty(0)  # as DeepSpeed leaves a weight that it has split
+    assert not moe.grouped(OnGPU, experts)
