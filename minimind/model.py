@@ -112,9 +112,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None) -> Tensor:
         """x (B, T, H) → (B, T, H). A tensor (B, 1, T, T) is added to the scores; None is causal."""
         split = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.q_proj(x).view(split).transpose(1, 2), *rotary)  # (B, N, T, D)

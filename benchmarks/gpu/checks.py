@@ -132,19 +132,15 @@ def in_bf16(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Che
 def apart(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check]:
     """Documents of a row do not see each other, whichever kernel keeps them apart."""
     model, batch = copy.deepcopy(model).to(device), batch.to(device)
-    mask = attention_mask(
-        batch.input_ids.shape[1], 0, batch.document_ids, batch.input_ids.device, model.config.head_dim
-    )
+    mask = attention_mask(batch.document_ids, model.config.head_dim)
     wants_blocks = device.type == "cuda"
     yield check("a GPU has a block mask", float(isinstance(mask, BlockMask) != wants_blocks), 0)
     first = batch.document_ids == 0  # (B, T)
     other = (batch.input_ids + 1) % model.config.vocab_size
     changed = replace(batch, input_ids=torch.where(first, other, batch.input_ids))
     rest = ~first.flatten()[batch.targets_at]
-    for dtype, limit in (
-        (torch.float32, 1e-3),
-        (torch.bfloat16, 5e-2),
-    ):  # experts' products change their size
+    limits = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # experts' products change their size
+    for dtype, limit in limits.items():
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
             before, after = (at_targets(model, b).logits for b in (batch, changed))
         name = str(dtype).removeprefix("torch.")
