@@ -61,16 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<12} {shown}", flush=True)
     failed = [name for name, result in results.items() if result["result"] != "passed"]
     print(f"{len(results) - len(failed)} of {len(results)} passed, {time.monotonic() - began:.0f} s")
-    if not options.only:
-        report = {
-            "command": f"python -m faults --seed {options.seed}",
-            "data": options.data_path.name if options.data_path else "as found",
-            "machine": environment(),
-            "seconds": round(time.monotonic() - began),
-            "faults": results,
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(options, results)
     return 1 if failed else 0
+
+
+def write_report(options: FaultOptions, results: dict[str, dict[str, Any]]) -> None:
+    """Faults that were not examined this time keep the results that they have."""
+    known = json.loads(options.json.read_bytes())["faults"] if options.json.is_file() else {}
+    report = {
+        "command": "python -m faults",
+        "data": options.data_path.name if options.data_path else "as found",
+        "machine": environment(),
+        "faults": {name: (known | results)[name] for name in FAULTS if name in known | results},
+    }
+    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def examine(fault: Callable[[Lab], dict[str, Any]], lab: Lab) -> dict[str, Any]:

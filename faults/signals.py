@@ -18,7 +18,7 @@ def kill(lab: Lab) -> dict[str, Any]:
     run = lab.run("kill", steps=1500)
     inside = 0
     for number in range(KILLS):
-        before = run.unfinished()
+        left = run.unfinished()  # by the kill before
         process = run.start("--from_resume=1")
         assert process.until_training(), f"it ended by itself: {process.said()[-1000:]}"
         delay = lab.rng.uniform(0, 0.6)
@@ -27,17 +27,32 @@ def kill(lab: Lab) -> dict[str, Any]:
         else:
             saved = run.checkpoints
             process.until(lambda saved=saved: run.checkpoints != saved)  # so that each start gets on
-            old = run.unfinished()
-            process.until(lambda old=old: run.unfinished() - old)
-            time.sleep(delay / 100)
+            stop_inside_a_write(process, delay / 100)
         assert process.running(), f"it was done after {number} kills"
         process.kill()
-        inside += bool(run.unfinished() - before)
+        inside += bool(run.unfinished() - left)
     run.start("--from_resume=1").must_succeed()
     assert not run.unfinished(), f"left behind: {run.unfinished()}"
     assert inside >= KILLS // 3, f"only {inside} kills fell inside a write"
     assert same_bits(run, lab.reference(run)), "other weights than the undisturbed run's"
     return {"kills": KILLS, "inside a write": inside, "weights": "the same bits"}
+
+
+def stop_inside_a_write(process: Process, delay: float) -> None:
+    """Bring a training to a halt while it writes a checkpoint, up to `delay` seconds after the beginning."""
+    left = process.run.unfinished()
+
+    def inside() -> bool:
+        if not process.run.unfinished() - left:
+            return False
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGSTOP)
+        if process.run.unfinished() - left:
+            return True
+        os.kill(process.pid, signal.SIGCONT)  # it was done already
+        return False
+
+    process.until(inside)
 
 
 def stop(lab: Lab) -> dict[str, Any]:
@@ -46,7 +61,7 @@ def stop(lab: Lab) -> dict[str, Any]:
     slowest = 0.0
     moments = {
         "random": lambda process: time.sleep(lab.rng.uniform(0, 1.0)),
-        "inside a write": lambda process: process.until(run.unfinished),
+        "inside a write": go_on_from_inside_a_write,
         "while evaluating": lambda process: process.until(lambda: is_evaluating(run)),
     }
     order = ["random"] * 3 + ["inside a write", "while evaluating"] * 2
@@ -58,6 +73,11 @@ def stop(lab: Lab) -> dict[str, Any]:
     run.start("--from_resume=1").must_succeed()
     assert same_bits(run, lab.reference(run)), "other weights than the undisturbed run's"
     return {"signals": len(order), "slowest end (s)": round(slowest, 1), "weights": "the same bits"}
+
+
+def go_on_from_inside_a_write(process: Process) -> None:
+    stop_inside_a_write(process, 0.0)
+    os.kill(process.pid, signal.SIGCONT)
 
 
 def is_evaluating(run: Run) -> bool:
