@@ -9,7 +9,7 @@ from typing import Any
 
 from faults.runs import Lab, Process, Run, difference, same_bits
 
-KILLS = 56  # about half of them aimed at a checkpoint that is being written
+KILLS = 52  # about half of them aimed at a checkpoint that is being written
 SAVED_WITHIN = 10  # seconds from SIGTERM to the end, with everything saved
 
 

@@ -13,7 +13,7 @@ from minimind.train.checkpoint import STATE, is_whole
 def disk_fills(lab: Lab) -> dict[str, Any]:
     """The disk fills up in the middle of a run: once until somebody makes room, then until the end."""
     with Disk(lab.folder / "disk") as disk:
-        run = lab.run("disk/run", steps=400, log_interval=1)
+        run = lab.run("disk/run", steps=300, log_interval=1)
         process = run.start()
         assert process.until_training(20)
         disk.fill(process)
@@ -60,7 +60,7 @@ def disk_full_from_the_first_save(lab: Lab) -> dict[str, Any]:
 
 def folder_deleted(lab: Lab) -> dict[str, Any]:
     """Somebody deletes out_dir. The training makes it anew, says so, and loses nothing but its past."""
-    run = lab.run("deleted", steps=400)
+    run = lab.run("deleted", steps=200)
     process = run.start()
     assert process.until_training(20)
     gone = run.folder / "gone"
@@ -74,9 +74,9 @@ def folder_deleted(lab: Lab) -> dict[str, Any]:
 
 def damaged_checkpoints(lab: Lab) -> dict[str, Any]:
     """The newest checkpoint has flipped bytes, is cut short, or its checksums are empty."""
-    stopped = lab.run("damage", steps=200)
+    stopped = lab.run("damage", steps=120)
     process = stopped.start()
-    assert process.until_training(100)
+    assert process.until_training(60)
     process.kill()
     for name, damage in (("flipped", flip), ("cut", cut), ("empty", empty_checksums)):
         run = stopped.copy(lab.folder / f"damage_{name}")
