@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_report(options: FaultOptions, results: dict[str, dict[str, Any]]) -> None:
     """Faults that were not examined this time keep the results that they have."""
     known = json.loads(options.json.read_bytes())["faults"] if options.json.is_file() else {}
+    names = f" --only {' '.join(options.only)}" if options.only else ""
     report = {
-        "command": "python -m faults",
+        "command": f"python -m faults{names}",  # the last one
         "data": options.data_path.name if options.data_path else "as found",
         "machine": environment(),
         "faults": {name: (known | results)[name] for name in FAULTS if name in known | results},

@@ -137,7 +137,7 @@ def is_whole(path: Path) -> bool:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`; with the tensors, unless the model was shared out."""
+    """What `CheckpointWriter.save` was given as `state`; with tensors, unless the model was shared out."""
     return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 

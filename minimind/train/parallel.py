@@ -53,9 +53,11 @@ class Parallel:
         return torch.autocast(self.device.type, self.dtype)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes (in place)."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        """The sum of `values` over all processes; with one they stay where they are, and nothing waits."""
+        if self.world_size == 1:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values)
         return values
 
     def any(self, condition: bool) -> bool:

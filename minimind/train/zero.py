@@ -52,7 +52,10 @@ class ZeroEngine(Engine):
         if parallel.dtype is not torch.float32:
             # DeepSpeed ends the autocast around it; its own would send gradients in bf16.
             model.forward = parallel.autocast()(model.forward)
-        self.trained = start_deepspeed(model, optimizer, deepspeed_settings(options, parallel), parallel)
+        settings = deepspeed_settings(options, parallel)
+        # What goes wrong without settings of the user is no mistake of the user.
+        with settings_errors_explained() if options.deepspeed_config else nullcontext():
+            self.trained = start_deepspeed(model, optimizer, settings, parallel)
         self.zero = self.trained.optimizer
         self.allocate_moments()
         by_group = parallel.zero_stage == 3
@@ -243,7 +246,7 @@ def share_out(shapes: dict[str, torch.Size], processes: int) -> dict[str, int]:
 def start_deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], parallel: Parallel
 ) -> nn.Module:
-    """DeepSpeed's engine over `model`. Raises: UserError when it refuses the settings."""
+    """DeepSpeed's engine over `model`."""
     os.environ["DS_ACCELERATOR"] = parallel.device.type  # --device decides, not what DeepSpeed finds
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -252,13 +255,15 @@ def start_deepspeed(
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Its extension for processes on one CPU takes a compiler and minutes to build; gloo does without.
     deepspeed.ops.__compatible_ops__ = {}
-    with settings_errors_explained():
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 @contextlib.contextmanager
 def settings_errors_explained() -> Iterator[None]:
-    """DeepSpeed checks its settings by assertions, by exceptions of its own and by pydantic's."""
+    """DeepSpeed checks its settings by assertions, by exceptions of its own and by pydantic's.
+
+    Raises: UserError when it refuses them.
+    """
     try:
         yield
     except (AssertionError, ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:

@@ -29,7 +29,7 @@ def zero_stage(options: TrainOptions) -> int:
     if options.parallel not in (None, "zero"):
         if given:
             raise UserError(
-                f"{' and '.join(given)} are for --parallel zero, not {options.parallel}; leave one out"
+                f"--parallel {options.parallel} is without DeepSpeed; leave it out, or {' and '.join(given)}"
             )
         return 0
     if not (options.parallel == "zero" or given or launched_by_deepspeed()):

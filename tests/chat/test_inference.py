@@ -38,11 +38,11 @@ def logits_of(model: InferenceModel, rows: torch.Tensor, read: list[int]) -> tor
     )
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("shape", SHAPES)
+# Not int8 with experts: random routers are near a draw, and its rounding sends tokens to other experts.
+@pytest.mark.parametrize(
+    ("shape", "weights"), [(s, w) for s in SHAPES for w in WEIGHTS if (s, w) != ("moe", "int8")]
+)
 def test_logits_are_the_models(shape, weights):
-    if (shape, weights) == ("moe", "int8"):
-        pytest.skip("random routers are too near a draw: rounding sends tokens to other experts")
     model = random_model(SHAPES[shape])
     ids = torch.randint(3, 300, (3, 30))
     with torch.no_grad():
