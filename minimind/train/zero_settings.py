@@ -29,7 +29,8 @@ def zero_stage(options: TrainOptions) -> int:
     if options.parallel not in (None, "zero"):
         if given:
             raise UserError(
-                f"--parallel {options.parallel} is without DeepSpeed; leave it out, or {' and '.join(given)}"
+                f"the settings of {' and '.join(given)} are for --parallel zero, not {options.parallel}; "
+                "leave one out"
             )
         return 0
     if not (options.parallel == "zero" or given or launched_by_deepspeed()):
