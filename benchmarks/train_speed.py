@@ -10,25 +10,20 @@ padding.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import multiprocessing
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.side_by_side import in_own_process, median_and_spread, rates_in_turn, write_results
 from minimind.config import PRESETS
 from minimind.data.records import read_records
-from minimind.environment import environment
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
@@ -56,46 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(BenchmarkOptions, argv, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         steps = {
-            "original's recipe": in_own_process(padded_fp32, options, Path(folder)),
+            "original's recipe": in_own_process(padded_fp32, options),
             "minimind": in_own_process(minimind, options, Path(folder)),
         }
-        rates: dict[str, list[float]] = {name: [] for name in steps}
-        peaks = []
-        for number in range(options.rounds + 1):
-            peaks.append(matmul_rate(torch.device("cpu"), torch.bfloat16))
-            for name, step in steps.items():
-                began = time.perf_counter()
-                tokens = step()
-                rates[name].append(tokens / (time.perf_counter() - began))
-                print(f"round {number}: {name} {rates[name][-1]:,.0f} tokens/s", flush=True)
-    report(options, {name: values[1:] for name, values in rates.items()}, statistics.median(peaks))
+        rates = rates_in_turn(steps, options.rounds)
+    report(options, rates, matmul_rate(torch.device("cpu"), torch.bfloat16))
     return 0
 
 
-Recipe = Callable[["BenchmarkOptions", Path], Callable[[], int]]
-
-
-def in_own_process(recipe: Recipe, options: BenchmarkOptions, folder: Path) -> Callable[[], int]:
-    """A function that has a step of `recipe` done elsewhere: settings of one cannot help the other."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=serve, args=(recipe, options, folder, there), daemon=True).start()
-
-    def step() -> int:
-        here.send("step")
-        return here.recv()
-
-    return step
-
-
-def serve(recipe: Recipe, options: BenchmarkOptions, folder: Path, requests: Connection) -> None:
-    step = recipe(options, folder)
-    with contextlib.suppress(EOFError):  # the other side is done
-        while requests.recv():
-            requests.send(step())
-
-
-def padded_fp32(options: BenchmarkOptions, _: Path) -> Callable[[], int]:
+def padded_fp32(options: BenchmarkOptions) -> Callable[[], int]:
     """One optimizer step of the original's recipe; returns its useful tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,19 +123,16 @@ def report(options: BenchmarkOptions, rates: dict[str, list[float]], peak: float
     table = Table("", "useful tokens/s", "times the recipe", "of the bf16 matmul rate")
     for name, median in medians.items():
         share = flops_per_token * median / peak
-        spread = f"{min(rates[name]):,.0f}–{max(rates[name]):,.0f}"
-        table.add_row(name, f"{median:,.0f} ({spread})", f"{median / baseline:.2f}", f"{share:.0%}")
+        table.add_row(name, median_and_spread(rates[name]), f"{median / baseline:.2f}", f"{share:.0%}")
     Console().print(table)
-    result = {
-        "command": f"python -m benchmarks.train_speed --preset {options.preset} --rounds {options.rounds}",
-        "machine": environment(),
+    results = {
         "matmul_bf16_flops": peak,
         "tokens_per_s": rates,
         "data": options.data_path.name,
         "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    command = f"python -m benchmarks.train_speed --preset {options.preset} --rounds {options.rounds}"
+    write_results(options.json, command, results)
 
 
 if __name__ == "__main__":
