@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.environment import environment
+from minimind.errors import UserError
 
 Work = Callable[[], float]  # does a piece of work and returns how much that was, in tokens for instance
 
@@ -21,7 +22,8 @@ Work = Callable[[], float]  # does a piece of work and returns how much that was
 def in_own_process(prepare: Callable[..., Work], *arguments: object) -> Work:
     """The work that `prepare(*arguments)` returns, but done in a process that is started for it.
 
-    What `prepare` or the work raises ends that process, and the next call of the work with EOFError.
+    A UserError of `prepare` or of the work is raised here, by the next call of the work. Anything else ends
+    that process, and the next call with EOFError. The process ends when the work is forgotten.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -29,17 +31,24 @@ def in_own_process(prepare: Callable[..., Work], *arguments: object) -> Work:
     there.close()  # else a process that has died would be waited for
 
     def work() -> float:
-        here.send("work")
-        return here.recv()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and has perhaps said why
+            here.send("work")
+        answer = here.recv()
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     return work
 
 
 def serve(prepare: Callable[..., Work], arguments: tuple[object, ...], requests: Connection) -> None:
-    work = prepare(*arguments)
-    with contextlib.suppress(EOFError):  # the other side is done
-        while requests.recv():
-            requests.send(work())
+    try:
+        work = prepare(*arguments)
+        with contextlib.suppress(EOFError):  # the other side is done
+            while requests.recv():
+                requests.send(work())
+    except UserError as error:
+        requests.send(error)
 
 
 def rates_in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
@@ -52,6 +61,16 @@ def rates_in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]
             rates[name].append(amount / (time.perf_counter() - began))
             print(f"round {number}: {name} {rates[name][-1]:,.0f} a second", flush=True)
     return {name: values[1:] for name, values in rates.items()}
+
+
+def note(path: Path, **facts: float) -> None:
+    """Add to what a process tells beside the amount of its work, for the one that started it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def notes(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def median_and_spread(values: list[float]) -> str:

@@ -1,138 +1,247 @@
-"""Training speed against the original's recipe, side by side in one process.
+"""Training speed beside the original's recipe and litgpt, on the same records with the same tokenizer.
 
-    python -m benchmarks.train_speed --data_path dataset/pretrain_hq.jsonl
+    python -m benchmarks.train_speed --data_dir dataset --litgpt_python litgpt/bin/python
 
-The recipe: transformers' Llama in fp32, each record cut or padded to `max_seq_len`, AdamW. Ours: what
-`train_pretrain.py` runs. Both train the same model on the same file with the same tokenizer, each in a
-process of its own, in turn, so that a noisy machine disturbs both alike. A useful token is one that is not
-padding.
+original's recipe  transformers' Llama in fp32, each record cut or padded to `max_seq_len`, AdamW
+minimind           what `train_pretrain.py` and `train_full_sft.py` run, rows made ahead by a thread
+litgpt             `litgpt pretrain` with its defaults (bf16-mixed, torch.compile, AdamW) on pieces of
+                   `max_seq_len` tokens, documents seeing each other; pretraining alone. It needs a Python of
+                   its own, see benchmarks/litgpt.txt
+
+All train the same shape of model, as many rows in a step, each in a process of its own, in turn, so that a
+noisy machine disturbs all alike. A useful token is a position that is not padding and has a next token of its
+row to predict. A share of the matrix-product rate counts 6 operations for a parameter and useful token.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import in_own_process, median_and_spread, rates_in_turn, write_results
+from benchmarks.own_steps import EPOCHS, OwnSteps
+from benchmarks.peers.litgpt_peer import check_python, litgpt_steps
+from benchmarks.peers.recipe import padded_fp32
+from benchmarks.side_by_side import (
+    Work,
+    in_own_process,
+    median_and_spread,
+    note,
+    notes,
+    rates_in_turn,
+    write_results,
+)
+from benchmarks.stage_speed import find_data
+from benchmarks.step_profile import profile_step
 from minimind.config import PRESETS
-from minimind.data.records import read_records
+from minimind.data.records import Kind
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, ROOT
-from minimind.stages.pretrain import PretrainOptions
-from minimind.tokenizer import Tokenizer
-from minimind.train.loop import Stage, StopSignals, Trainer
+from minimind.stages import pretrain, sft
 from minimind.train.monitor import matmul_rate
-from minimind.train.parallel import setup
+
+DATA: dict[str, Kind] = {"pretrain_hq": "pretrain", "sft_mini_512": "conversation"}
+BATCH = {"tiny": (16, 1), "small": (16, 2), "base": (8, 1)}  # rows in a pass, passes in a step
+AHEAD = 2  # steps whose rows `prefetch` has made before they are asked for
+RECIPE = "original's recipe"
+NO_LITGPT = "not measured: no --litgpt_python"
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on")
-    preset: str = flag("small", "model size", choices=("tiny", "small", "base"))
+    presets: tuple[str, ...] = flag(("small", "base"), "model sizes", choices=(*BATCH,))
+    data_dir: Path = flag(DATASET_DIR, "folder of pretrain_hq and sft_mini_512, plain or .gz")
     max_seq_len: int = flag(512, "length of a row in tokens")
-    batch_size: int = flag(16, "rows in a pass")
-    accumulation_steps: int = flag(4, "passes in an optimizer step")
+    batch_size: int | None = flag(None, "rows in a pass; without it 16, with base 8")
     rounds: int = flag(5, "optimizer steps of each, after one that is not counted")
-    compile: str = flag("auto", "torch.compile in ours", choices=("auto", "0", "1"))
+    compile: str = flag(
+        "auto", "torch.compile in minimind, and with 0 not in litgpt", choices=("auto", "0", "1")
+    )
+    litgpt_python: Path | None = flag(None, "Python where litgpt is; without it litgpt is left out")
+    profile: bool = flag(False, "also show what a step of minimind (small, pretraining) spends its time on")
     json: Path = flag(ROOT / "benchmarks/results/train_speed.json", "where the results are written")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of comparisons: what all rivals train, and on what."""
+
+    preset: str
+    data: str
+    path: Path
+    max_seq_len: int
+    rows: int
+    passes: int
+    compile: str
+
+    @property
+    def kind(self) -> Kind:
+        return DATA[self.data]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(BenchmarkOptions, argv, __doc__)
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            "original's recipe": in_own_process(padded_fp32, options),
-            "minimind": in_own_process(minimind, options, Path(folder)),
-        }
-        rates = rates_in_turn(steps, options.rounds)
-    report(options, rates, matmul_rate(torch.device("cpu"), torch.bfloat16))
+    if options.litgpt_python:
+        check_python(options.litgpt_python)
+    found = settings(options)
+    results = [measure(setting, options) for setting in found]
+    written: dict[str, Any] = {"settings": results}
+    if options.profile:
+        written["profile"] = profiled(found)
+    report(results, written.get("profile"))
+    write_results(options.json, command(options), written)
     return 0
 
 
-def padded_fp32(options: BenchmarkOptions) -> Callable[[], int]:
-    """One optimizer step of the original's recipe; returns its useful tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def settings(options: BenchmarkOptions) -> list[Setting]:
+    paths = {name: find_data(options.data_dir, name) for name in DATA}
+    found = []
+    for preset in options.presets:
+        rows, passes = BATCH[preset]
+        rows = options.batch_size or rows
+        found += [
+            Setting(preset, name, path, options.max_seq_len, rows, passes, options.compile)
+            for name, path in paths.items()
+        ]
+    return found
 
-    from minimind.export.huggingface import transformers_config
 
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**transformers_config(PRESETS[options.preset]))
+def command(options: BenchmarkOptions) -> str:
+    flags = (
+        f"--presets {' '.join(options.presets)} --max_seq_len {options.max_seq_len} --rounds {options.rounds}"
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    tokenizer = Tokenizer.load()
-    texts = (record.text for _, record in read_records(options.data_path, "pretrain"))
+    litgpt = " --litgpt_python PYTHON" if options.litgpt_python else ""
+    return f"python -m benchmarks.train_speed {flags} --compile {options.compile}{litgpt}"
+
+
+def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
+    """All rivals of one setting in turn."""
+    print(f"{setting.preset}, {setting.data}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rates = rates_in_turn(rivals(setting, options.litgpt_python, folder), options.rounds)
+        (waiting,) = notes(folder / "waiting.jsonl")
+    peak = matmul_rate(torch.device("cpu"), torch.bfloat16)
+    with torch.device("meta"):
+        flops_per_token = 6 * MiniMind(PRESETS[setting.preset]).num_parameters
+    return {
+        "preset": setting.preset,
+        "data": setting.data,
+        "max_seq_len": setting.max_seq_len,
+        "rows": setting.rows,
+        "passes": setting.passes,
+        "tokens_per_s": rates,
+        "litgpt": None if setting.kind == "conversation" or options.litgpt_python else NO_LITGPT,
+        "matmul_bf16_flops": peak,
+        "of_matmul_rate": flops_per_token * statistics.median(rates["minimind"]) / peak,
+        "waiting_for_data": waiting["share"],
+    }
+
+
+def rivals(setting: Setting, litgpt_python: Path | None, folder: Path) -> dict[str, Work]:
+    where = (setting.preset, setting.path)
+    shape = (setting.max_seq_len, setting.rows, setting.passes)
+    found = {
+        RECIPE: in_own_process(padded_fp32, *where, setting.kind, *shape),
+        "minimind": in_own_process(minimind, setting, folder),
+    }
+    if litgpt_python and setting.kind == "pretrain":
+        found["litgpt"] = litgpt_steps(litgpt_python, *where, *shape, setting.compile != "0", folder)
+    return found
+
+
+def minimind(setting: Setting, folder: Path) -> Work:
+    """One optimizer step of this project's loop; returns its useful tokens.
+
+    The first call is not counted, and makes several. In the turns of the others the thread that makes rows has
+    all the time it wants, so whether a step waits for it must be seen in steps that follow each other.
+    """
+    steps = own_steps(setting, folder, setting.compile)
+    is_first = True
 
     def step() -> int:
-        useful = 0
-        for _ in range(options.accumulation_steps):
-            ids = torch.zeros(options.batch_size, options.max_seq_len, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row in range(options.batch_size):
-                tokens = tokenizer.encode_document(next(texts))[: options.max_seq_len]
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                mask[row, : len(tokens)] = 1
-            loss = model(ids, labels=ids.masked_fill(mask == 0, -100)).loss / options.accumulation_steps
-            loss.backward()
-            useful += int(mask.sum())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return useful
+        nonlocal is_first
+        tokens = steps.step()
+        if is_first:
+            is_first = False
+            note(folder / "waiting.jsonl", share=waiting_share(steps))
+        return tokens
 
     return step
 
 
-def minimind(options: BenchmarkOptions, folder: Path) -> Callable[[], int]:
-    """One optimizer step of this project's loop, reading its rows included; returns its useful tokens."""
-    train_options = PretrainOptions(
-        data_path=options.data_path,
+def waiting_share(steps: OwnSteps) -> float:
+    """Share of the time that steps in a row wait for their rows, without those whose rows are there already."""
+    waited = took = 0.0
+    for number in range(AHEAD + 3):
+        steps.step()
+        if number >= AHEAD:
+            waited, took = waited + steps.waited, took + steps.took
+    return waited / took
+
+
+def own_steps(setting: Setting, folder: Path, compile: str) -> OwnSteps:
+    module, options = (
+        (pretrain, pretrain.PretrainOptions) if setting.kind == "pretrain" else (sft, sft.SFTOptions)
+    )
+    train_options = options(
+        data_path=setting.path,
         out_dir=folder,
-        preset=options.preset,
-        max_seq_len=options.max_seq_len,
-        batch_size=options.batch_size,
-        accumulation_steps=options.accumulation_steps,
-        compile=options.compile,
+        preset=setting.preset,
+        from_weight="none",  # a stage's weights make no difference to its speed
+        max_seq_len=setting.max_seq_len,
+        batch_size=setting.rows,
+        accumulation_steps=setting.passes,
+        epochs=EPOCHS,
+        compile=compile,
         device="cpu",
     )
-    trainer = Trainer(Stage("pretrain", data_kind="pretrain"), train_options, setup("cpu", "auto"))
-    trainer.peak_rate = 1.0
-    batches, numbers = trainer.step_batches(0), count()
-
-    def step() -> int:
-        return int(trainer.optimizer_step(next(numbers), next(batches), StopSignals())["tokens"])
-
-    return step
+    return OwnSteps(module.stage(train_options), train_options)
 
 
-def report(options: BenchmarkOptions, rates: dict[str, list[float]], peak: float) -> None:
-    """Print the medians and write them beside the machine they were measured on."""
-    with torch.device("meta"):
-        flops_per_token = 6 * MiniMind(PRESETS[options.preset]).num_parameters
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    baseline = medians["original's recipe"]
-    table = Table("", "useful tokens/s", "times the recipe", "of the bf16 matmul rate")
-    for name, median in medians.items():
-        share = flops_per_token * median / peak
-        table.add_row(name, median_and_spread(rates[name]), f"{median / baseline:.2f}", f"{share:.0%}")
+def profiled(found: list[Setting]) -> dict[str, Any]:
+    """Seconds of each part of a step of `small`, or of the first size that was asked for, in pretraining."""
+    setting = next((s for s in found if s.preset == "small"), found[0])
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = profile_step(own_steps(setting, Path(folder), compile="0"))
+    return {"preset": setting.preset, "data": setting.data, "compile": "0", "seconds": seconds}
+
+
+def report(results: list[dict[str, Any]], profile: dict[str, Any] | None) -> None:
+    table = Table(
+        "", "data", "", "useful tokens/s", "times the recipe", "of the bf16 matmul rate", "waiting for data"
+    )
+    for result in results:
+        rates = result["tokens_per_s"]
+        for rival, values in rates.items():
+            times = statistics.median(values) / statistics.median(rates[RECIPE])
+            own = [f"{result[share]:.1%}" for share in ("of_matmul_rate", "waiting_for_data")]
+            table.add_row(
+                result["preset"],
+                result["data"],
+                rival,
+                median_and_spread(values),
+                f"{times:.2f}",
+                *(own if rival == "minimind" else ()),
+            )
+        if result["litgpt"]:
+            table.add_row(result["preset"], result["data"], "litgpt", result["litgpt"])
     Console().print(table)
-    results = {
-        "matmul_bf16_flops": peak,
-        "tokens_per_s": rates,
-        "data": options.data_path.name,
-        "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
-    }
-    command = f"python -m benchmarks.train_speed --preset {options.preset} --rounds {options.rounds}"
-    write_results(options.json, command, results)
+    if profile:
+        parts = Table(f"a step of {profile['preset']}, not compiled", "seconds", "share")
+        took = sum(profile["seconds"].values())
+        for part, seconds in profile["seconds"].items():
+            parts.add_row(part, f"{seconds:.2f}", f"{seconds / took:.0%}")
+        Console().print(parts)
 
 
 if __name__ == "__main__":
