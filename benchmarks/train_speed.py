@@ -63,9 +63,7 @@ class BenchmarkOptions:
     max_seq_len: int = flag(512, "length of a row in tokens")
     batch_size: int | None = flag(None, "rows in a pass; without it 16, with base 8")
     rounds: int = flag(5, "optimizer steps of each, after one that is not counted")
-    compile: str = flag(
-        "auto", "torch.compile in minimind, and with 0 not in litgpt", choices=("auto", "0", "1")
-    )
+    compile: str = flag("auto", "torch.compile in minimind; 0: nor in litgpt", choices=("auto", "0", "1"))
     litgpt_python: Path | None = flag(None, "Python where litgpt is; without it litgpt is left out")
     profile: bool = flag(False, "also show what a step of minimind (small, pretraining) spends its time on")
     json: Path = flag(ROOT / "benchmarks/results/train_speed.json", "where the results are written")
@@ -162,8 +160,8 @@ def rivals(setting: Setting, litgpt_python: Path | None, folder: Path) -> dict[s
 def minimind(setting: Setting, folder: Path) -> Work:
     """One optimizer step of this project's loop; returns its useful tokens.
 
-    The first call is not counted, and makes several. In the turns of the others the thread that makes rows has
-    all the time it wants, so whether a step waits for it must be seen in steps that follow each other.
+    The first call is not counted, and makes several. In the turns of the others the thread that makes rows
+    has all the time it wants, so whether a step waits for it must be seen in steps that follow each other.
     """
     steps = own_steps(setting, folder, setting.compile)
     is_first = True
@@ -180,7 +178,7 @@ def minimind(setting: Setting, folder: Path) -> Work:
 
 
 def waiting_share(steps: OwnSteps) -> float:
-    """Share of the time that steps in a row wait for their rows, without those whose rows are there already."""
+    """Share of the time that steps in a row wait for their rows, but for those whose rows are there."""
     waited = took = 0.0
     for number in range(AHEAD + 3):
         steps.step()

@@ -36,7 +36,7 @@ def litgpt_steps(
     max_seq_len: int,
     rows: int,
     passes: int,
-    compile: bool,
+    compiled: bool,
     folder: Path,
 ) -> Work:
     """Optimizer steps of `litgpt pretrain` on the tokens of a pretraining file, in a process of its own."""
@@ -49,7 +49,7 @@ def litgpt_steps(
         "max_seq_len": max_seq_len,
         "rows": rows,
         "passes": passes,
-        "compile": compile,
+        "compile": compiled,
     }
     log = (folder / "litgpt.log").open("w+", encoding="utf-8")
     pipe = subprocess.PIPE

@@ -1,8 +1,8 @@
 """`litgpt pretrain`, held before each optimizer step until it is asked for.
 
-Run by a Python where litgpt is (`benchmarks/litgpt.txt`), not by MiniMind's: litgpt needs older libraries. The
-first line on stdin is JSON: what to train. For each line after it litgpt's own loop makes one optimizer step,
-and the answer on stdout is how many tokens that trained on.
+Run by a Python where litgpt is (`benchmarks/litgpt.txt`), not by MiniMind's: litgpt needs older libraries.
+The first line on stdin is JSON: what to train. For each line after it litgpt's own loop makes one optimizer
+step, and the answer on stdout is how many tokens that trained on.
 """
 
 from __future__ import annotations
