@@ -114,11 +114,12 @@ def settings(options: BenchmarkOptions) -> list[Setting]:
 
 
 def command(options: BenchmarkOptions) -> str:
-    flags = (
-        f"--presets {' '.join(options.presets)} --max_seq_len {options.max_seq_len} --rounds {options.rounds}"
-    )
-    litgpt = " --litgpt_python PYTHON" if options.litgpt_python else ""
-    return f"python -m benchmarks.train_speed {flags} --compile {options.compile}{litgpt}"
+    flags = [f"--{name} {getattr(options, name)}" for name in ("max_seq_len", "rounds", "compile")]
+    if options.batch_size:
+        flags.append(f"--batch_size {options.batch_size}")
+    if options.litgpt_python:
+        flags.append("--litgpt_python PYTHON")
+    return " ".join(["python -m benchmarks.train_speed --presets", *options.presets, *flags])
 
 
 def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
