@@ -17,8 +17,9 @@ lint: .venv/ready-dev  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/ready-dev  ## training speed beside the original's recipe, generation speed beside transformers
+bench: .venv/ready-dev  ## speed: training beside the original's recipe, stages beside TRL, generation beside transformers
 	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.stage_peers
 	$(BIN)/python -m benchmarks.generation_speed
 
 faults: .venv/ready-dev  ## kill, stop, starve and damage small trainings, and compare what comes out (about a quarter of an hour)
