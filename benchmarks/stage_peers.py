@@ -108,14 +108,14 @@ def measure(stage: str, path: Path, options: BenchmarkOptions) -> dict[str, Any]
 def result(rates: list[float], written: list[dict[str, float]]) -> dict[str, Any]:
     """What one rival has reached, from its rates and its notes.
 
-    A rate with what was done once included is 1 / (1 / rate + seconds done once for each token trained on).
+    What was done once is shared out: so many seconds for each token trained on, beside the 1 / rate of its step.
     """
     steps = [line for line in written if "seconds" in line]
     data_tokens = next((line["data_tokens"] for line in written if "data_tokens" in line), 0)
     once = steps[0]["once_s"]
     shared = once / (DPO_EPOCHS * data_tokens) if once else 0.0
     return {
-        "tokens_per_s": [1 / (1 / rate + shared) for rate in rates],
+        "tokens_per_s": [rate / (1 + rate * shared) for rate in rates],
         "steps_alone_tokens_per_s": rates,
         "done_once_s": once,
         "step_s": statistics.median(step["seconds"] for step in steps[1:]),
