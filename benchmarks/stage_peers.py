@@ -108,7 +108,7 @@ def measure(stage: str, path: Path, options: BenchmarkOptions) -> dict[str, Any]
 def result(rates: list[float], written: list[dict[str, float]]) -> dict[str, Any]:
     """What one rival has reached, from its rates and its notes.
 
-    What was done once is shared out: so many seconds for each token trained on, beside the 1 / rate of its step.
+    What was done once is shared out: so many seconds for each token, beside the 1 / rate of its step.
     """
     steps = [line for line in written if "seconds" in line]
     data_tokens = next((line["data_tokens"] for line in written if "data_tokens" in line), 0)
