@@ -22,7 +22,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from minimind.train.checkpoint import (
     random_state,
     set_random_state,
 )
+from minimind.train.compiling import compile_decoder, computes_the_same
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import build_engine
@@ -69,7 +69,6 @@ EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last
 # Floating-point operations: about five seconds on two cores. There 26 M parameters were trained at 1,280
 # tokens/s with 32 rows of 512 at once, at 1,550 with 12 (what this allows), and at 1,540 with 8.
 CPU_PASS = 1e12
-WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
 
 # Options that decide what a run computes, as do those of a stage's own: a resumed run must have the same.
 FIXED_IN_A_RUN = (
@@ -183,7 +182,9 @@ class Trainer:
         # Counted before an engine leaves a process with a part of them.
         self.num_parameters = self.model.num_parameters
         self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.compiled = self.compile()
+        epochs = self.total_steps / self.shares.steps_per_epoch
+        work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
+        self.compiled = compile_decoder(self.model, options.compile, work, parallel)
         self.engine = build_engine(self.model, options, parallel)
         if options.fits_batch_size:
             fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)
@@ -239,31 +240,14 @@ class Trainer:
         self.started_from = path
         return model
 
-    def compile(self) -> bool:
-        """Compile the decoder where that is wanted and possible; parameter names stay as they are."""
-        options, device = self.options, self.parallel.device
-        wanted = options.compile == "1"
-        if options.compile == "auto":
-            epochs = self.total_steps / self.shares.steps_per_epoch
-            work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
-            steady = not self.config.num_experts  # expert blocks change their shape with every batch
-            wanted = steady and (device.type == "cuda" or (device.type == "cpu" and work > WORTH_COMPILING))
-        if self.parallel.zero_stage == 3:  # its weights come and go under the compiler's hands
-            if options.compile == "1":
-                raise UserError(
-                    "--compile 1 does not work with --zero_stage 3; use 1 or 2, or --parallel fsdp"
-                )
-            return False
-        can = find_spec("triton") if device.type == "cuda" else shutil.which("g++") or shutil.which("clang++")
-        if wanted and not can and options.compile == "1":
-            raise UserError(
-                "--compile 1 needs a C++ compiler (CPU: install g++) or triton (CUDA); or --compile 0"
-            )
-        if wanted and can:
-            # Sharding gathers one layer at a time, so then they are compiled one by one.
-            for part in self.model.model.layers if self.parallel.sharded else [self.model.model]:
-                part.compile()
-        return bool(wanted and can)
+    def check_compiled(self) -> None:
+        """Go on without the compiler if what it made is wrong here."""
+        self.parallel.beat("compiling")
+        rows = self.shares.rows_at_once
+        if not computes_the_same(self.model, self.data.batch(0, 0, rows, min_rows=rows), self.parallel):
+            self.compiled = False
+            torch.compiler.set_stance("force_eager")
+            self.say("torch.compile's code computes something else on this machine; going on without it")
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
@@ -371,6 +355,8 @@ class Trainer:
             monitor.start_loggers(self.options.loggers, run)
             if self.is_new:
                 self.objective.begin(self.model, self.datasets(), self.parallel, self.shares.batch_size)
+            if self.compiled:
+                self.check_compiled()
             try:
                 while self.done < self.total_steps:
                     self.train_steps(signals)

@@ -1,0 +1,87 @@
+"""torch.compile where it pays, and the proof that what came of it computes what it should.
+
+On a CPU the code is made by whatever C++ compiler the machine has. GCC 12 does not know processors newer than
+itself: for one with AMX it fell back to instructions of no particular processor, and the gradients of the
+attention's keys came out as NaN.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from minimind.data.batches import Batch
+from minimind.errors import UserError
+from minimind.model import MiniMind
+from minimind.train.parallel import Parallel
+
+WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
+TOLERANCE = 0.05  # of the gradients; bf16 rounds in other places when compiled, which makes 0.01
+
+
+def compile_decoder(model: MiniMind, wanted: str, work: float, parallel: Parallel) -> bool:
+    """Compile the decoder where that is wanted and possible; parameter names stay as they are.
+
+    Args:
+        wanted: what `--compile` says: "1", "0", or "auto" for where it pays.
+        work: floating-point operations of the whole run.
+    """
+    device = parallel.device.type
+    if wanted == "auto":
+        steady = not model.config.num_experts  # expert blocks change their shape with every batch
+        pays = device == "cuda" or (device == "cpu" and work > WORTH_COMPILING)
+        if not (steady and pays) or parallel.zero_stage == 3:
+            return False
+    elif wanted == "0":
+        return False
+    if parallel.zero_stage == 3:  # its weights come and go under the compiler's hands
+        raise UserError("--compile 1 does not work with --zero_stage 3; use 1 or 2, or --parallel fsdp")
+    if not (find_spec("triton") if device == "cuda" else shutil.which("g++") or shutil.which("clang++")):
+        if wanted == "auto":
+            return False
+        raise UserError(
+            "--compile 1 needs a C++ compiler (CPU: install g++) or triton (CUDA); or --compile 0"
+        )
+    # Sharding gathers one layer at a time, so then they are compiled one by one.
+    for part in model.model.layers if parallel.sharded else [model.model]:
+        part.compile(options=compiler_options(device))
+    return True
+
+
+def compiler_options(device: str) -> dict[str, str] | None:
+    """The processor by its name where a compiler may not recognise it."""
+    known = "cpp.march" in torch._inductor.list_options()
+    if device == "cpu" and known and torch.cpu.get_capabilities().get("amx_bf16"):
+        return {"cpp.march": "sapphirerapids"}  # the first that had AMX
+    return None
+
+
+def computes_the_same(model: MiniMind, batch: Batch, parallel: Parallel) -> bool:
+    """Whether the compiled decoder's outputs and gradients are those of the plain one.
+
+    It takes a pass of each on `batch`, of the shape that training will use, and leaves no gradients.
+    """
+    batch = batch.to(parallel.device)
+    inputs = (batch.input_ids, batch.position_ids, batch.document_ids)
+    with torch.compiler.set_stance("force_eager"):
+        expected = outputs_and_gradients(model, inputs, parallel)
+    found = outputs_and_gradients(model, inputs, parallel)
+    # Written so that NaN is a difference.
+    same = all((a - b).norm() <= TOLERANCE * b.norm() for a, b in zip(found, expected, strict=True))
+    return not parallel.any(not same)
+
+
+def outputs_and_gradients(
+    model: MiniMind, inputs: tuple[Tensor, Tensor, Tensor], parallel: Parallel
+) -> tuple[Tensor, Tensor]:
+    """Hidden states, and the gradients of all trained parameters for one direction of them."""
+    with parallel.autocast():
+        hidden = model.model(*inputs)[0].float()
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    direction = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+    parameters = [p for p in model.model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((hidden * direction).mean(), parameters)
+    return hidden.detach(), torch.cat([gradient.flatten() for gradient in gradients])

@@ -1,0 +1,68 @@
+"""What torch.compile makes is used where it is right, and only there."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from minimind.train import compiling
+
+from .conftest import metrics, run
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+def compile_with(monkeypatch, change):
+    """In place of the C++ compiler: graphs run as they are, and `change` their first output."""
+
+    def backend(graph, _):
+        def run_graph(*inputs):
+            first, *others = graph(*inputs)
+            return change(first), *others
+
+        return run_graph
+
+    own = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part, options: own(part, backend=backend))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_a_compiled_run_is_the_plain_one(options, tmp_path, capsys):
+    plain = run(replace(options, max_steps=3))
+    compiled = run(replace(options, max_steps=3, compile="1", out_dir=tmp_path / "compiled"))
+    assert compiled.compiled
+    assert "without" not in capsys.readouterr().out
+    assert metrics(compiled) == pytest.approx(metrics(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x: x * 1.1, id="outputs"),
+        pytest.param(lambda x: x + (x - x.detach()), id="gradients"),
+        pytest.param(lambda x: x + 0 * (x - x.detach()).sqrt(), id="nan"),
+    ],
+)
+def test_wrong_code_is_found_out_and_not_used(options, tmp_path, capsys, monkeypatch, change):
+    plain = run(replace(options, max_steps=2))
+    compile_with(monkeypatch, change)
+    trainer = run(replace(options, max_steps=2, compile="1", out_dir=tmp_path / "wrong"))
+    assert not trainer.compiled
+    assert "computes something else on this machine" in capsys.readouterr().out
+    assert metrics(trainer) == metrics(plain)
+
+
+def test_a_processor_that_compilers_may_not_know_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert compiling.compiler_options("cpu") == {"cpp.march": "sapphirerapids"}
+    assert compiling.compiler_options("cuda") is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert compiling.compiler_options("cpu") is None
