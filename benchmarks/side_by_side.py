@@ -16,7 +16,7 @@ from typing import Any
 from minimind.environment import environment
 from minimind.errors import UserError
 
-Work = Callable[[], float]  # does a piece of work and returns how much that was, in tokens for instance
+Work = Callable[..., Any]  # does a piece of work and returns how much that was, in tokens for instance
 
 
 def in_own_process(prepare: Callable[..., Work], *arguments: object) -> Work:
@@ -30,9 +30,9 @@ def in_own_process(prepare: Callable[..., Work], *arguments: object) -> Work:
     context.Process(target=serve, args=(prepare, arguments, there), daemon=True).start()
     there.close()  # else a process that has died would be waited for
 
-    def work() -> float:
+    def work(*request: object) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it has ended, and has perhaps said why
-            here.send("work")
+            here.send(request)
         answer = here.recv()
         if isinstance(answer, UserError):
             raise answer
@@ -45,8 +45,8 @@ def serve(prepare: Callable[..., Work], arguments: tuple[object, ...], requests:
     try:
         work = prepare(*arguments)
         with contextlib.suppress(EOFError):  # the other side is done
-            while requests.recv():
-                requests.send(work())
+            while True:
+                requests.send(work(*requests.recv()))
     except UserError as error:
         requests.send(error)
 

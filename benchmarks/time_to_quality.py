@@ -1,0 +1,262 @@
+"""How long until a model is as good as the original's recipe makes it, side by side.
+
+    python -m benchmarks.time_to_quality --minutes 20
+
+The recipe: transformers' Llama in fp32, each record cut or padded to `max_seq_len`, AdamW at 5e-4 with the
+original's cosine from 1.1 to 0.1 times that. Ours: what `train_pretrain.py` runs, given a quarter of the
+recipe's time. Quality is bits per byte of held-out text, measured by the same code for both, with the clocks
+stopped. Each is in a process of its own, and they take turns, so that a noisy machine disturbs both alike.
+A clock starts before the model is built: compiling counts, with the compiler's cache warm as in any run but
+the first.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.side_by_side import Work, in_own_process, write_results
+from minimind.config import PRESETS
+from minimind.data.batches import PackedDataset
+from minimind.data.records import read_records
+from minimind.errors import run_cli
+from minimind.evaluate.bits_per_byte import bits_per_byte
+from minimind.flags import flag, parse_flags
+from minimind.model import MiniMind
+from minimind.paths import DATASET_DIR, ROOT
+from minimind.stages.pretrain import PretrainOptions, stage
+from minimind.tokenizer import Tokenizer
+from minimind.train.loop import StopSignals, Trainer
+from minimind.train.parallel import setup
+
+EVAL_ROWS = 96  # of max_seq_len
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on")
+    eval_path: Path = flag(DATASET_DIR / "pretrain_val.jsonl", "JSONL file to measure the quality on")
+    presets: tuple[str, ...] = flag(("tiny", "small"), "model sizes", choices=("tiny", "small", "base"))
+    minutes: float = flag(20.0, "that the recipe trains")
+    part: float = flag(0.25, "of that time for ours")
+    evaluations: int = flag(20, "measurements of each")
+    max_seq_len: int = flag(512, "length of a row in tokens")
+    recipe_rows: int = flag(32, "rows in an optimizer step of the recipe")
+    rows: int = flag(16, "rows in an optimizer step of ours")
+    learning_rate: float | None = flag(None, "of ours; without it the default")
+    optimizer: str = flag("auto", "of ours", choices=("auto", "muon", "adamw"))
+    json: Path = flag(ROOT / "benchmarks/results/time_to_quality.json", "where the results are written")
+
+
+class Point(NamedTuple):
+    """A place on a learning curve."""
+
+    seconds: float
+    tokens: int  # useful ones
+    bits_per_byte: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(BenchmarkOptions, argv, __doc__)
+    curves = {preset: learning_curves(replace(options, presets=(preset,))) for preset in options.presets}
+    report(options, curves)
+    return 0
+
+
+def learning_curves(options: BenchmarkOptions) -> dict[str, list[Point]]:
+    budget = options.minutes * 60
+    seconds = {"original's recipe": budget, "minimind": budget * options.part}
+    with tempfile.TemporaryDirectory() as folder:
+        works = {
+            "original's recipe": in_own_process(original, options, budget, Path(folder) / "recipe"),
+            "minimind": in_own_process(minimind, options, budget * options.part, Path(folder) / "ours"),
+        }
+        curves: dict[str, list[Point]] = {name: [] for name in works}
+        for number in range(1, options.evaluations + 1):
+            for name, train_until in works.items():
+                curves[name].append(Point(*train_until(seconds[name] * number / options.evaluations)))
+                shown = curves[name][-1]
+                print(
+                    f"{options.presets[0]}: {name} after {shown.seconds:,.0f} s, {shown.tokens:,} tokens: "
+                    f"{shown.bits_per_byte:.3f} bits per byte",
+                    flush=True,
+                )
+    return curves
+
+
+def original(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
+    """The original's recipe; returns what trains until its clock stands at so many seconds."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from minimind.export.huggingface import transformers_config
+
+    judge = minimind_trainer(options, folder, max_steps=1)  # knows how to measure
+    tokenizer = Tokenizer.load()
+    texts = [record.text for _, record in read_records(options.data_path, "pretrain")]
+    random.Random(0).shuffle(texts)
+
+    clock, began = 0.0, time.perf_counter()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**transformers_config(PRESETS[options.presets[0]]))
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    clock, tokens, position = time.perf_counter() - began, 0, 0
+
+    def step() -> int:
+        nonlocal position
+        ids = torch.zeros(options.recipe_rows, options.max_seq_len, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for row in range(options.recipe_rows):
+            encoded = tokenizer.encode_document(texts[position % len(texts)])[: options.max_seq_len]
+            ids[row, : len(encoded)] = labels[row, : len(encoded)] = torch.tensor(encoded)
+            position += 1
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * (0.1 + 0.5 * (1 + math.cos(math.pi * min(1.0, clock / budget))))
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return int((labels >= 0).sum())
+
+    def train_until(seconds: float) -> Point:
+        nonlocal clock, tokens
+        while clock < seconds:
+            began = time.perf_counter()
+            tokens += step()
+            clock += time.perf_counter() - began
+        judge.model.load_state_dict(model.state_dict())
+        return Point(clock, tokens, quality(judge.model, judge))
+
+    return train_until
+
+
+def minimind(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
+    """This project's loop, with as many steps as fit in `budget` seconds by what the first ones take."""
+    steps_fitting = measure_steps(options, budget, folder / "measured")
+    clock, began = 0.0, time.perf_counter()
+    trainer = minimind_trainer(options, folder, steps_fitting)
+    batches = trainer.step_batches(0)
+    clock, tokens, done = time.perf_counter() - began, 0, 0
+
+    def train_until(seconds: float) -> Point:
+        nonlocal clock, tokens, done
+        while clock < seconds and done < trainer.total_steps:
+            began = time.perf_counter()
+            tokens += int(trainer.optimizer_step(done, next(batches), StopSignals())["tokens"])
+            done += 1
+            clock += time.perf_counter() - began
+        return Point(clock, tokens, quality(trainer.model, trainer))
+
+    return train_until
+
+
+def measure_steps(options: BenchmarkOptions, budget: float, folder: Path, steps: int = 8) -> int:
+    """How many optimizer steps fit into `budget` seconds, the start of a run included."""
+    minimind_trainer(options, folder, steps)  # tokens and compiler are cached from here on
+    began = time.perf_counter()
+    trainer = minimind_trainer(options, folder, steps)
+    start, took = time.perf_counter() - began, []
+    for step, batches in enumerate(trainer.step_batches(0)):
+        began = time.perf_counter()
+        trainer.optimizer_step(step, batches, StopSignals())
+        took.append(time.perf_counter() - began)
+    first, usual = took[0], sorted(took[1:])[len(took) // 2]
+    return max(steps, int((budget - start - first) / usual))
+
+
+def minimind_trainer(options: BenchmarkOptions, folder: Path, max_steps: int) -> Trainer:
+    chosen = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    train_options = PretrainOptions(
+        data_path=options.data_path,
+        eval_path=options.eval_path,
+        out_dir=folder,
+        preset=options.presets[0],
+        max_seq_len=options.max_seq_len,
+        batch_size=options.rows,
+        accumulation_steps=1,
+        max_steps=max_steps,
+        epochs=1000,
+        optimizer=options.optimizer,
+        device="cpu",
+        **chosen,
+    )
+    trainer = Trainer(stage(train_options), train_options, setup("cpu", "auto"))
+    trainer.peak_rate = 1.0  # nobody reads the MFU
+    return trainer
+
+
+def quality(model: MiniMind, trainer: Trainer) -> float:
+    held_out: PackedDataset = trainer.held_out
+    rows = min(EVAL_ROWS, held_out.num_rows)
+    return bits_per_byte(model, held_out, trainer.tokenizer, trainer.parallel, 8, rows).bits_per_byte
+
+
+def seconds_to(curve: list[Point], bits_per_byte: float) -> float | None:
+    """When `curve` is first at or below; straight between its points. None: never."""
+    before = None
+    for point in curve:
+        if point.bits_per_byte <= bits_per_byte:
+            if before is None:
+                return point.seconds
+            part = (before.bits_per_byte - bits_per_byte) / (before.bits_per_byte - point.bits_per_byte)
+            return before.seconds + part * (point.seconds - before.seconds)
+        before = point
+    return None
+
+
+def report(options: BenchmarkOptions, curves: dict[str, dict[str, list[Point]]]) -> None:
+    """Print when each preset got there, draw the curves and write them."""
+    table = Table("preset", "bits per byte of the recipe", "its time", "ours", "share")
+    shares = {}
+    for preset, pair in curves.items():
+        recipe, ours = pair["original's recipe"], pair["minimind"]
+        goal = recipe[-1].bits_per_byte
+        # What the recipe itself needed for it, in case it got worse at the end.
+        needed, found = seconds_to(recipe, goal), seconds_to(ours, goal)
+        shares[preset] = found and found / needed
+        reached = f"{found:,.0f} s" if found else f"not reached: {ours[-1].bits_per_byte:.3f}"
+        share = f"{shares[preset]:.0%}" if found else ""
+        table.add_row(preset, f"{goal:.3f}", f"{needed:,.0f} s", reached, share)
+    Console().print(table)
+    flags = f"--minutes {options.minutes:g} --rows {options.rows} --recipe_rows {options.recipe_rows}"
+    command = f"python -m benchmarks.time_to_quality --presets {' '.join(options.presets)} {flags}"
+    results = {
+        "data": options.data_path.name,
+        "held_out": options.eval_path.name,
+        "share_of_the_recipes_time": shares,
+        "curves": {
+            preset: {name: [point._asdict() for point in curve] for name, curve in pair.items()}
+            for preset, pair in curves.items()
+        },
+    }
+    write_results(options.json, command, results)
+    draw(curves, options.json.with_suffix(".svg"))
+
+
+def draw(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
+    for axes, (preset, pair) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        for name, curve in pair.items():
+            axes.plot([p.seconds / 60 for p in curve], [p.bits_per_byte for p in curve], label=name)
+        axes.axhline(pair["original's recipe"][-1].bits_per_byte, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=preset, xlabel="minutes of training", ylabel="bits per byte, held out")
+        axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)
