@@ -184,13 +184,31 @@ class DecoderLayer(nn.Module):
         return x + y, routing
 
 
+class Layers(nn.ModuleList):
+    """The decoder's layers, one after the other."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        is_token: Tensor | None,
+    ) -> tuple[Tensor, list[Routing]]:
+        routings = []
+        for layer in self:
+            x, routing = layer(x, rotary, mask, is_token)
+            if routing is not None:
+                routings.append(routing)
+        return x, routings
+
+
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: token ids in, hidden states out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = Layers(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
 
@@ -213,12 +231,7 @@ class Decoder(nn.Module):
                 ~mask, -torch.inf
             )
         is_token = None if document_ids is None else document_ids >= 0
-
-        routings = []
-        for layer in self.layers:
-            x, routing = layer(x, rotary, mask, is_token)
-            if routing is not None:
-                routings.append(routing)
+        x, routings = self.layers(x, rotary, mask, is_token)
         return self.norm(x), routings
 
 

@@ -8,14 +8,15 @@ attention's keys came out as NaN.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind.data.batches import Batch
 from minimind.errors import UserError
-from minimind.model import MiniMind
+from minimind.model import Decoder, MiniMind
 from minimind.train.parallel import Parallel
 
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
@@ -45,10 +46,19 @@ def compile_decoder(model: MiniMind, wanted: str, work: float, parallel: Paralle
         raise UserError(
             "--compile 1 needs a C++ compiler (CPU: install g++) or triton (CUDA); or --compile 0"
         )
-    # Sharding gathers one layer at a time, so then they are compiled one by one.
-    for part in model.model.layers if parallel.sharded else [model.model]:
+    for part in parts(model.model, parallel):
         part.compile(options=compiler_options(device))
     return True
+
+
+def parts(decoder: Decoder, parallel: Parallel) -> Iterable[nn.Module]:
+    """What to compile as one."""
+    if parallel.sharded:  # one layer at a time is gathered
+        return decoder.layers
+    if parallel.device.type == "cuda":  # with the layers, the making of their block mask
+        return [decoder]
+    # Given the mask and the angles as a whole, or the compiler works them out again in each layer.
+    return [decoder.layers]
 
 
 def compiler_options(device: str) -> dict[str, str] | None:
