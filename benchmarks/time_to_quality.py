@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,21 +26,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.recipe import OriginalRecipe, encoded_records
 from benchmarks.side_by_side import Work, in_own_process, write_results
-from minimind.config import PRESETS
 from minimind.data.batches import PackedDataset
-from minimind.data.records import read_records
 from minimind.errors import run_cli
 from minimind.evaluate.bits_per_byte import bits_per_byte
 from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions, stage
-from minimind.tokenizer import Tokenizer
 from minimind.train.loop import StopSignals, Trainer
 from minimind.train.parallel import setup
 
 EVAL_ROWS = 96  # of max_seq_len
+RECORDS = 46_000  # of the recipe, more than it gets through
 
 
 @dataclass(frozen=True)
@@ -96,45 +96,23 @@ def learning_curves(options: BenchmarkOptions) -> dict[str, list[Point]]:
 
 def original(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
     """The original's recipe; returns what trains until its clock stands at so many seconds."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from minimind.export.huggingface import transformers_config
-
     judge = minimind_trainer(options, folder, max_steps=1)  # knows how to measure
-    tokenizer = Tokenizer.load()
-    texts = [record.text for _, record in read_records(options.data_path, "pretrain")]
-    random.Random(0).shuffle(texts)
+    records = list(islice(encoded_records(options.data_path, "pretrain"), RECORDS))
+    random.Random(0).shuffle(records)
 
-    clock, began = 0.0, time.perf_counter()
+    began = time.perf_counter()
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**transformers_config(PRESETS[options.presets[0]]))
-    model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    clock, tokens, position = time.perf_counter() - began, 0, 0
-
-    def step() -> int:
-        nonlocal position
-        ids = torch.zeros(options.recipe_rows, options.max_seq_len, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for row in range(options.recipe_rows):
-            encoded = tokenizer.encode_document(texts[position % len(texts)])[: options.max_seq_len]
-            ids[row, : len(encoded)] = labels[row, : len(encoded)] = torch.tensor(encoded)
-            position += 1
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-4 * (0.1 + 0.5 * (1 + math.cos(math.pi * min(1.0, clock / budget))))
-        model(ids, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return int((labels >= 0).sum())
+    recipe = OriginalRecipe(options.presets[0], cycle(records), options.max_seq_len, options.recipe_rows)
+    clock, tokens = time.perf_counter() - began, 0
 
     def train_until(seconds: float) -> Point:
         nonlocal clock, tokens
         while clock < seconds:
             began = time.perf_counter()
-            tokens += step()
+            scale = 0.1 + 0.5 * (1 + math.cos(math.pi * min(1.0, clock / budget)))
+            tokens += recipe.step(scale)
             clock += time.perf_counter() - began
-        judge.model.load_state_dict(model.state_dict())
+        judge.model.load_state_dict(recipe.model.state_dict())
         return Point(clock, tokens, quality(judge.model, judge))
 
     return train_until
@@ -143,7 +121,7 @@ def original(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
 def minimind(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
     """This project's loop, with as many steps as fit in `budget` seconds by what the first ones take."""
     steps_fitting = measure_steps(options, budget, folder / "measured")
-    clock, began = 0.0, time.perf_counter()
+    began = time.perf_counter()
     trainer = minimind_trainer(options, folder, steps_fitting)
     batches = trainer.step_batches(0)
     clock, tokens, done = time.perf_counter() - began, 0, 0

@@ -16,30 +16,46 @@ from minimind.tokenizer import Tokenizer
 
 def padded_fp32(preset: str, path: Path, kind: Kind, max_seq_len: int, rows: int, passes: int) -> Work:
     """One optimizer step of `passes` passes of `rows` records; returns its useful tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    return OriginalRecipe(preset, encoded_records(path, kind), max_seq_len, rows, passes).step
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**transformers_config(PRESETS[preset])))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    records = encoded_records(path, kind)
 
-    def step() -> int:
+class OriginalRecipe:
+    """Its training, step by step. `records` are ids and, for each, 1 if it is to be learned."""
+
+    def __init__(
+        self,
+        preset: str,
+        records: Iterator[tuple[list[int], list[int]]],
+        max_seq_len: int,
+        rows: int,
+        passes: int = 1,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(**transformers_config(PRESETS[preset]))
+        self.model = AutoModelForCausalLM.from_config(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4)
+        self.records, self.shape, self.passes = records, (rows, max_seq_len), passes
+
+    def step(self, scale: float = 1.0) -> int:
+        """One optimizer step at `scale` times the learning rate; returns its useful tokens."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 5e-4 * scale
         useful = 0
-        for _ in range(passes):
-            ids = torch.zeros(rows, max_seq_len, dtype=torch.long)
+        for _ in range(self.passes):
+            ids = torch.zeros(self.shape, dtype=torch.long)
             labels = torch.full_like(ids, -100)
-            for row in range(rows):
-                tokens, targets = (torch.tensor(part[:max_seq_len]) for part in next(records))
+            for row in range(len(ids)):
+                tokens, targets = (torch.tensor(part[: self.shape[1]]) for part in next(self.records))
                 ids[row, : len(tokens)] = tokens
                 labels[row, : len(tokens)] = tokens.where(targets == 1, -100)
                 useful += len(tokens) - 1
-            loss = model(ids, labels=labels).loss / passes
+            loss = self.model(ids, labels=labels).loss / self.passes
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return useful
-
-    return step
 
 
 def encoded_records(path: Path, kind: Kind) -> Iterator[tuple[list[int], list[int]]]:
