@@ -11,8 +11,10 @@ others wait.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -29,10 +31,11 @@ from minimind.data.records import BadRecord, Kind, OnBadRecord, no_records, open
 from minimind.data.store import BAD_RECORDS, FORMAT_VERSION, StoreWriter, TokenStore
 from minimind.environment import available_cores
 from minimind.errors import UserError
-from minimind.files import sync_directory
+from minimind.files import atomic_write, sync_directory
 from minimind.tokenizer import Tokenizer
 
 SMALL_FILE_BYTES = 1 << 20  # below, starting workers takes longer than the work
+CLOCK_RESOLUTION = 2.0  # seconds, of the file systems that are worst at it
 MAX_WORKERS = 8  # a worker needs about 90 MB, and all together stay below 1 GB
 
 
@@ -64,7 +67,7 @@ def prepare(
     """
     path = Path(path)
     cache = _cache_folder(path, cache_dir)
-    content, state = _content_hash(path)
+    content, state = _content_hash(path, cache)
     key = hashlib.sha256(f"{FORMAT_VERSION} {kind} {tokenizer.fingerprint} {content}".encode()).hexdigest()
     folder = cache / f"{kind}-{key[:20]}"
     if num_workers is None:
@@ -102,11 +105,38 @@ def _cache_folder(path: Path, cache_dir: str | Path | None) -> Path:
     raise UserError(f"{choices[-1]} cannot be written, and the tokens of {path} must be kept somewhere")
 
 
-def _content_hash(path: Path) -> tuple[str, os.stat_result]:
-    """SHA-256 of the bytes of the file, and its state before they were read."""
+def _content_hash(path: Path, cache: Path) -> tuple[str, os.stat_result]:
+    """SHA-256 of the bytes of the file, and its state before they were read.
+
+    The content decides which store is used; but gigabytes are hashed once, not at each start: the hash is
+    remembered with the file's state, and trusted as long as that is the same.
+    """
+    memory = cache / "hashes" / f"{path.name}.json"
     with open_file(path) as file:
         state = os.fstat(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest(), state
+        known = _remembered(memory)
+        if known.get("state") == _whole_state(state):
+            return known["sha256"], state
+        # A change within the clock's resolution would leave the time as it is.
+        settled = time.time() - max(state.st_ctime, state.st_mtime) > CLOCK_RESOLUTION
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if settled and _whole_state(os.fstat(file.fileno())) == _whole_state(state):
+            entry = json.dumps({"state": _whole_state(state), "sha256": sha256}).encode()
+            with contextlib.suppress(UserError):  # a full disk; it is only hashed again
+                atomic_write(memory, lambda out: out.write(entry))
+        return sha256, state
+
+
+def _remembered(memory: Path) -> dict:
+    try:
+        return dict(json.loads(memory.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _whole_state(state: os.stat_result) -> list[int]:
+    """Changes with every write to a file, also where a tool sets the time of the last one back."""
+    return [state.st_dev, *_identity(state), state.st_ctime_ns]
 
 
 def _lock_file(folder: Path) -> Path:

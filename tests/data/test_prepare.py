@@ -226,6 +226,49 @@ def test_found_again_by_content_kind_tokenizer_and_version(
     assert len(set(builds)) == 6
 
 
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """The files whose bytes were hashed; none counts as too young to be remembered."""
+    files = []
+    digest = prepare_module.hashlib.file_digest
+    monkeypatch.setattr(
+        prepare_module.hashlib,
+        "file_digest",
+        lambda file, kind: (files.append(file.name), digest(file, kind))[1],
+    )
+    monkeypatch.setattr(prepare_module, "CLOCK_RESOLUTION", -1.0)
+    return files
+
+
+def test_a_file_is_hashed_again_only_when_it_was_touched(write_lines, tokenizer, hashed, builds):
+    path = write_lines(*TEXTS)
+    first = prepare(path, "pretrain", tokenizer)
+    assert prepare(path, "pretrain", tokenizer).folder == first.folder
+    assert len(hashed) == 1
+
+    # The same length, and the time of the last change set back.
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"Hello", b"HELLO"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert "HELLO" in tokenizer.decode(prepare(path, "pretrain", tokenizer).document(2))
+    assert (len(hashed), len(builds)) == (2, 2)
+
+    for damaged in (b"", b"[]", b"{"):
+        next((path.parent / ".cache" / "hashes").iterdir()).write_bytes(damaged)
+        prepare(path, "pretrain", tokenizer)
+    assert (len(hashed), len(builds)) == (5, 2)
+
+
+def test_a_file_written_just_now_may_still_change_unseen(write_lines, tokenizer, hashed, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CLOCK_RESOLUTION", 60.0)
+    path = write_lines(*TEXTS)
+    prepare(path, "pretrain", tokenizer)
+    prepare(path, "pretrain", tokenizer)
+    assert len(hashed) == 2
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_records_stop_and_nothing_is_kept(write_lines, tokenizer, num_workers):
     path = write_lines(*TEXTS, b"{", {"text": 1})
