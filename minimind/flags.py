@@ -70,20 +70,19 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for one field."""
     if isinstance(hint, types.UnionType):  # `int | None`: None is only a default
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+    default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
     shown = "" if default in (None, "") else f" (default: {default})"
     arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
     if item.metadata["positional"]:
         return arguments | {"type": hint, "nargs": "?", "metavar": item.name.upper()}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
-    several = typing.get_origin(hint) is tuple  # `--lora_name first second`
-    if several:
+    if typing.get_origin(hint) is tuple:  # `--lora_name first second`, `--sizes_gb 0.1 1`
+        hint = typing.get_args(hint)[0]
         arguments["nargs"] = "+"
     if item.metadata["choices"]:
         return arguments | {"choices": item.metadata["choices"]}
-    if several:
-        return arguments | {"metavar": "NAME"}
     if word := item.metadata["word"]:
         return arguments | {"type": number_or(word), "metavar": f"INT|{word}"}
-    return arguments | {"type": hint, "metavar": "PATH" if hint is Path else hint.__name__.upper()}
+    names = {Path: "PATH"} | ({str: "NAME"} if "nargs" in arguments else {})
+    return arguments | {"type": hint, "metavar": names.get(hint, hint.__name__.upper())}
