@@ -9,6 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def serve(prepare: Callable[..., Work], arguments: tuple[object, ...], requests:
         requests.send(error)
 
 
+def once_in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """What `function(*arguments)` returns or raises in a process that is started for this call alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def rates_in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     """Amount of work per second of each, in each round; one round before them is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in works}
@@ -59,7 +66,7 @@ def rates_in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]
             began = time.perf_counter()
             amount = work()
             rates[name].append(amount / (time.perf_counter() - began))
-            print(f"round {number}: {name} {rates[name][-1]:,.0f} a second", flush=True)
+            print(f"round {number}: {name} {rates[name][-1]:,.4g} a second", flush=True)
     return {name: values[1:] for name, values in rates.items()}
 
 
@@ -73,8 +80,11 @@ def notes(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def median_and_spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.0f} ({min(values):,.0f}–{max(values):,.0f})"
+def median_and_spread(values: list[float], digits: int = 0) -> str:
+    median, least, most = (
+        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{median} ({least}–{most})"
 
 
 def write_results(path: Path, command: str, results: dict[str, Any]) -> None:
