@@ -237,7 +237,7 @@ def report(options: BenchmarkOptions, rates: dict[str, list[float]], sizes: list
     panel = Panel(
         "Preparation of a data file",
         "size of the file, MB",
-        [round(size["file_mb"]) for size in sizes],
+        [size["file_mb"] for size in sizes],
         Line("peak memory, MB", [size["peak_memory_mb"] for size in sizes]),
         Line("MB of text a second", [size["mb_per_s"] for size in sizes]),
     )

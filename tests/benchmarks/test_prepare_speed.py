@@ -1,0 +1,101 @@
+"""The benchmark of preparation: all rivals see the same tokens, and a small run says what the file holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import namedtuple
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from benchmarks import prepare_speed
+from benchmarks.datasets_peer import encoder, joined_and_cut, tokenised
+from benchmarks.prepare_speed import ALONE, OURS, PEERS, generate, main, measure
+from benchmarks.used_memory import with_peak_memory
+from minimind.data.prepare import prepare
+from minimind.data.records import read_records
+from minimind.errors import UserError
+from minimind.tokenizer import Tokenizer
+
+RECORDS = 300
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    path = tmp_path / "data.jsonl"
+    texts = [f"{number}：床前明月光，疑是地上霜。" * (1 + number % 5) for number in range(RECORDS)]
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", PEERS.values())
+def test_peers_see_our_tokens(data, tmp_path, kind):
+    store = prepare(data, "pretrain", Tokenizer.load(), progress=False)
+    documents = tokenised(data, encoder(kind), tmp_path / "cache", num_proc=1)
+    ids = list(chain.from_iterable(documents["input_ids"]))
+    assert ids == store.tokens.tolist()
+    rows = joined_and_cut(documents, 64, num_proc=1)["input_ids"]
+    assert list(chain.from_iterable(rows)) == ids[: len(ids) // 64 * 64]
+
+
+def test_a_small_run(data, tmp_path):
+    path = tmp_path / "results" / "prepare.json"
+    flags = ["--rounds", "1", "--sizes_gb", "0.0001", "0.0002", "--work_dir", str(tmp_path)]
+    before = {*tmp_path.iterdir()}
+    assert main([str(data), *flags, "--json", str(path)]) == 0
+    assert {*tmp_path.iterdir()} - before == {path.parent}  # generated files are gone
+
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert {*results["mb_per_s"]} == {OURS, *PEERS, ALONE}
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in results["mb_per_s"].values())
+    fastest_peer = max(results["mb_per_s"][name][0] for name in PEERS)
+    assert results["ratio"] == pytest.approx(results["mb_per_s"][OURS][0] / fastest_peer)
+    assert [size["file_mb"] for size in results["sizes"]] == pytest.approx([0.1, 0.2], abs=5e-4)
+    for size in results["sizes"]:
+        assert size["peak_memory_mb"] == max(size["prepare_peak_mb"], size["pack_peak_mb"]) > 20
+        assert size["tokens"] > size["documents"] > 0
+    assert "<svg" in path.with_name("prepare_memory.svg").read_text(encoding="utf-8")
+
+
+def test_what_is_counted_is_what_the_file_holds(data, tmp_path):
+    result = measure(data, 64, tmp_path / "cache")
+    tokenizer = Tokenizer.load()
+    texts = [record.text for _, record in read_records(data, "pretrain")]
+    assert result["documents"] == len(texts) == RECORDS
+    assert result["tokens"] == sum(len(tokenizer.encode_document(text)) for text in texts)
+    assert result["text_mb"] == sum(len(text.encode()) for text in texts) / 1e6
+    # A document's last token is a label only.
+    assert result["rows"] >= (result["tokens"] - result["documents"]) / 64
+
+
+def test_generated_lines_differ_and_end_at_the_size(data, tmp_path):
+    path = generate(data, tmp_path / "generated.jsonl", 2.5 * data.stat().st_size / 1e9)
+    lines = path.read_bytes().splitlines()
+    assert len(set(lines)) == len(lines) > 2 * RECORDS
+    assert 0 <= path.stat().st_size - 2.5 * data.stat().st_size <= max(map(len, lines)) + 1
+
+
+def test_memory_that_was_given_back_counts():
+    def use(size: int) -> int:
+        block = bytearray(b"x") * size
+        time.sleep(0.5)  # it is looked for ten times a second
+        return len(block)
+
+    _, before = with_peak_memory(lambda: use(1))
+    length, peak = with_peak_memory(lambda: use(200_000_000))
+    assert length == 200_000_000
+    assert 180e6 < peak - before < 300e6
+
+
+def test_too_little_room_is_said_before_anything_is_written(data, tmp_path, monkeypatch):
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 10**10 - 10**9, 10**9))
+    monkeypatch.setattr(prepare_speed, "rivals", None)
+    with pytest.raises(UserError, match=r"4 GB and its tokens need 6.80 GB, but 1.00 GB are free"):
+        main([str(data), "--sizes_gb", "4", "--work_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="is no folder"):
+        main([str(data), "--work_dir", str(tmp_path / "none")])
