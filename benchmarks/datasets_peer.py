@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.environment import available_cores
 from minimind.paths import TOKENIZER_DIR
 
 if TYPE_CHECKING:
@@ -17,12 +16,15 @@ Encode = Callable[[list[str]], list[list[int]]]
 BOS, EOS = 1, 2
 
 
-def datasets_rows(path: Path, max_seq_len: int, kind: str) -> Callable[[Path], Dataset]:
-    """From the file to rows, with the cache in the folder that is given."""
+def datasets_rows(path: Path, max_seq_len: int, kind: str, num_proc: int | None) -> Callable[[Path], Dataset]:
+    """From the file to rows, with the cache in the folder that is given.
+
+    Without `num_proc` this process does all, and the tokenizer alone works on all cores.
+    """
     encode = encoder(kind)
 
     def rows(cache: Path) -> Dataset:
-        return joined_and_cut(tokenised(path, encode, cache), max_seq_len)
+        return joined_and_cut(tokenised(path, encode, cache, num_proc), max_seq_len, num_proc)
 
     return rows
 
@@ -42,8 +44,8 @@ def encoder(kind: str) -> Encode:
     ]
 
 
-def tokenised(path: Path, encode: Encode, cache: Path, num_proc: int | None = None) -> Dataset:
-    """Every text between <|im_start|> and <|im_end|>; one process for every core unless told otherwise."""
+def tokenised(path: Path, encode: Encode, cache: Path, num_proc: int | None) -> Dataset:
+    """Every text between <|im_start|> and <|im_end|>."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -51,12 +53,12 @@ def tokenised(path: Path, encode: Encode, cache: Path, num_proc: int | None = No
     return texts.map(
         lambda batch: {"input_ids": [[BOS, *ids, EOS] for ids in encode(batch["text"])]},
         batched=True,
-        num_proc=num_proc or available_cores(),
+        num_proc=num_proc,
         remove_columns=texts.column_names,
     )
 
 
-def joined_and_cut(tokens: Dataset, max_seq_len: int, num_proc: int | None = None) -> Dataset:
+def joined_and_cut(tokens: Dataset, max_seq_len: int, num_proc: int | None) -> Dataset:
     """Documents one after the other, cut where a row is full; the rest of each batch is lost."""
 
     def rows(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
@@ -64,4 +66,4 @@ def joined_and_cut(tokens: Dataset, max_seq_len: int, num_proc: int | None = Non
         starts = range(0, len(ids) - len(ids) % max_seq_len, max_seq_len)
         return {"input_ids": [ids[start : start + max_seq_len] for start in starts]}
 
-    return tokens.map(rows, batched=True, num_proc=num_proc or available_cores())
+    return tokens.map(rows, batched=True, num_proc=num_proc)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Line, Panel, draw
-from benchmarks.prepare_speed import measure_generated
+from benchmarks.generated_files import measure_generated
 from benchmarks.side_by_side import write_results
 from minimind.data.records import read_records
 from minimind.environment import available_cores
