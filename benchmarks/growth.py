@@ -4,9 +4,10 @@
 
 Every training is the command that a person types, in a process of its own and without torch.compile, whose
 minutes would hide what is measured; steps have the same number of tokens, and a pass the same number of rows
-for all models. Time is the median step after the first ones, memory what a process held at the worst moment,
-Python and PyTorch included. An exponent p means "grows like x to the power of p"; it is fitted to all points
-by least squares on logarithms, and, since fixed costs hide growth at small x, given for the last two alone.
+for all models. Time is the median step after the first ones. Memory is what a process held at the worst
+moment; Python, PyTorch and the copy that a checkpoint is written from are in it. An exponent p means "grows
+like x to the power of p"; it is fitted to all points by least squares on logarithms, and, since fixed costs
+hide growth at small x, given for the last two alone.
 """
 
 from __future__ import annotations
