@@ -46,7 +46,7 @@ def draw(path: Path, panels: Sequence[Panel], columns: int) -> None:
                 # A flat series shall look flat, not fill the panel with its noise.
                 side.set_ylim(min(line.values) / 3, max(line.values) * 3)
             axes.set(title=panel.title, xlabel=panel.x_label)
-            axes.set_xticks(panel.x, [f"{x:.3g}" for x in panel.x])
+            axes.set_xticks(panel.x, [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in panel.x])
             axes.minorticks_off()
             axes.grid(alpha=0.15)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -249,9 +249,9 @@ def report(options: BenchmarkOptions, plan: Plan, axes: list[Axis]) -> None:
         )
         fitted = [point for point in axis.points if point.fitted]
         table.add_row(axis.title, f"{fitted[0].name} … {fitted[-1].name}", *shown)
-        time = Line(axis.seconds_label, [point.seconds for point in axis.points])
-        memory = Line("peak memory, MB", [point.peak_mb for point in axis.points])
-        panels.append(Panel(axis.title, axis.x_label, [point.x for point in axis.points], time, memory))
+        time = Line(axis.seconds_label, [point.seconds for point in fitted])
+        memory = Line("peak memory, MB", [point.peak_mb for point in fitted])
+        panels.append(Panel(axis.title, axis.x_label, [point.x for point in fitted], time, memory))
     Console().print(table)
     draw(options.json.with_suffix(".svg"), panels, columns=2)
     results = {
