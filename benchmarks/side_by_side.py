@@ -66,7 +66,7 @@ def rates_in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]
             began = time.perf_counter()
             amount = work()
             rates[name].append(amount / (time.perf_counter() - began))
-            print(f"round {number}: {name} {rates[name][-1]:,.4g} a second", flush=True)
+            print(f"round {number}: {name} {rates[name][-1]:,.1f} a second", flush=True)
     return {name: values[1:] for name, values in rates.items()}
 
 
