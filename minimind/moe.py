@@ -46,12 +46,14 @@ class MoE(nn.Module):
         order = experts.flatten().argsort(stable=True)  # (M·k,) visits, sorted by expert
         tokens = order // self.top_k  # the token of each visit
         visits = F.one_hot(experts.flatten(), len(self.experts)).sum(dim=0)  # (E,)
+        # `index_select`, as its gradient is added up where indexing with brackets puts value by value.
+        sent = x.index_select(0, tokens)  # (M·k, H)
         if grouped(x, self.experts):
-            y = together(self.experts, x[tokens].to(compute_dtype(x)), visits)  # (M·k, H)
+            y = together(self.experts, sent.to(compute_dtype(x)), visits)  # (M·k, H)
         else:
-            blocks = x[tokens].split(visits.tolist())
+            blocks = sent.split(visits.tolist())
             y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
-        y = y * weights.flatten()[order, None].type_as(y)
+        y = y * weights.flatten().index_select(0, order)[:, None].type_as(y)
         return torch.zeros_like(x, dtype=y.dtype).index_add(0, tokens, y)
 
 
