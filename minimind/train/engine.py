@@ -70,11 +70,14 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def clip(self) -> float:
-        """Scale the gradients down to a norm of `--grad_clip`; returns the norm before, maybe not finite."""
+    def clip(self) -> Tensor:
+        """Scale the gradients down to a norm of `--grad_clip`; returns the norm before, (), maybe not finite.
+
+        It stays on the device, so that nothing waits here.
+        """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        return clip_gradients(self.model, self.max_norm).item()
+        return clip_gradients(self.model, self.max_norm)
 
     def step(self, scale: float) -> None:
         """Update the weights at `scale` times the peak learning rate."""

@@ -475,9 +475,7 @@ class Trainer:
             self.take_less_at_once()
             return None
         self.parallel.beat("optimizer step")
-        grad_norm = self.engine.clip()
-        loss_sum = self.parallel.sum(torch.stack([loss.logged for loss in losses]).double().sum())
-        loss = loss_sum.item() / max(units, 1)
+        grad_norm, (loss, *means) = self.measured(batches, losses, units)
         scale = self.stability.rate * learning_rate_scale(step, self.total_steps, self.warmup_steps)
         # A gradient scaler leaves steps out by itself, until it has found its scale.
         scaled = self.engine.scaler.is_enabled()
@@ -499,7 +497,7 @@ class Trainer:
             "epoch": self.shares.epoch(step),
             "skipped": self.stability.skipped,
         }
-        return logged | self.mean_metrics(batches, losses, units)
+        return logged | dict(zip(losses[0].metrics, means, strict=True))
 
     def take_less_at_once(self) -> None:
         """After running out of memory: the same steps, in passes of half as many rows.
@@ -530,16 +528,22 @@ class Trainer:
             return asked and self.parallel.world_size == 1
         return self.parallel.any(asked)
 
-    def mean_metrics(self, batches: list[Batch], losses: list[Loss], units: float) -> dict[str, float]:
-        """The objective's further numbers, each a mean over the units of all batches of all processes."""
-        if not losses[0].metrics:
-            return {}
-        sums = sum(
-            torch.stack(list(loss.metrics.values())).double().cpu() * batch.row_units.sum().item()
-            for batch, loss in zip(batches, losses, strict=True)
-        )
-        means = self.parallel.sum(sums) / max(units, 1)
-        return dict(zip(losses[0].metrics, means.tolist(), strict=True))
+    def measured(self, batches: list[Batch], losses: list[Loss], units: float) -> tuple[float, list[float]]:
+        """Clips the gradients; returns their norm before, the step's loss and the objective's metrics.
+
+        The latter are means over the units of all batches of all processes. A GPU is waited for here and
+        nowhere else in a step, after all its passes; so the numbers come in one tensor.
+        """
+        norm = self.engine.clip()
+        values = torch.stack([torch.stack([x.logged, *x.metrics.values(), norm]) for x in losses])
+        # Fp64 for the sums; a Mac's GPU has none, and several processes add theirs up where they are.
+        values = values.to("cpu" if self.parallel.world_size == 1 else self.parallel.device).double()
+        loss_sum = values[:, :1].sum(dim=0)  # (1,)
+        counts = [batch.row_units.sum().item() for batch in batches]
+        sums = sum(row[1:-1] * count for row, count in zip(values, counts, strict=True))  # (metrics,)
+        sums = self.parallel.sum(torch.cat((loss_sum, sums)))
+        *sums, norm = torch.cat((sums, values[0, -1:])).tolist()
+        return norm, [value / max(units, 1) for value in sums]
 
     def accumulate_gradients(self, batches: list[Batch], units: float, signals: StopSignals) -> list[Loss]:
         """Forward and backward of each batch; `units` is what the loss is a mean over, of the whole step."""

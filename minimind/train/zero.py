@@ -77,7 +77,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.trained.backward(self.scaler.scale(loss), scale_wrt_gas=False)
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """The norm of the gradients, maybe not finite. DeepSpeed scales them down when it steps."""
         norm = self.measure_norm()  # of scaled gradients
         if self.parallel.zero_stage == 3:
@@ -86,7 +86,7 @@ class ZeroEngine(Engine):
         self.set_norm(norm)
         self.norm.grad = norm.where(norm >= 0, math.nan).to(self.norm)  # -1: it was not finite
         self.scaler.unscale_(self.norm_holder)
-        return self.norm.grad.item()
+        return self.norm.grad
 
     def set_norm(self, norm: Tensor) -> None:
         """What DeepSpeed finds as the norm when it steps; below 0 it leaves the step out."""

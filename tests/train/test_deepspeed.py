@@ -168,7 +168,7 @@ def step_engine(engine, batches, leave_out=()) -> list[float]:
             logits = engine.trained(batch).logits.float()
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
             engine.backward(loss * (torch.inf if i in leave_out else 1.0))
-        norms.append(engine.clip())
+        norms.append(engine.clip().item())
         engine.skip() if i in leave_out else engine.step(1.0)
     return norms
 
