@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from minimind.config import ModelConfig
 from minimind.model import MLP, Routing, compute_dtype
 
+STEP_OF_LENGTHS = 64  # rows
+
 
 class MoE(nn.Module):
     """`num_experts` routed SwiGLUs, of which each token visits `num_experts_per_tok`, plus shared SwiGLUs."""
@@ -52,9 +54,21 @@ class MoE(nn.Module):
             y = together(self.experts, sent.to(compute_dtype(x)), visits)  # (M·k, H)
         else:
             blocks = sent.split(visits.tolist())
-            y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
+            y = torch.cat([alone(expert, block) for expert, block in zip(self.experts, blocks, strict=True)])
         y = y * weights.flatten().index_select(0, order)[:, None].type_as(y)
         return torch.zeros_like(x, dtype=y.dtype).index_add(0, tokens, y)
+
+
+def alone(expert: nn.Module, x: Tensor) -> Tensor:
+    """One expert on its block x (n, H) → (n, H).
+
+    On a CPU a product of a new shape has its kernel built first, which took a third of the time. So blocks
+    are filled up with zeros to few different lengths, unless they are short, as in generation.
+    """
+    rows = len(x)
+    if x.device.type != "cpu" or rows <= STEP_OF_LENGTHS:
+        return expert(x)
+    return expert(F.pad(x, (0, 0, 0, -rows % STEP_OF_LENGTHS)))[:rows]
 
 
 def grouped(x: Tensor, experts: nn.ModuleList) -> bool:
