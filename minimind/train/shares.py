@@ -18,8 +18,9 @@ class Shares:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows in one pass of this process: an even share of the step, or what fits."""
-        return min(self.batch_size, math.ceil(self.rows_per_step / self.world_size))
+        """Rows in one pass of this process: its share of the step, evenly over as few passes as can be."""
+        share = math.ceil(self.rows_per_step / self.world_size)
+        return math.ceil(share / math.ceil(share / self.batch_size))
 
     @property
     def steps_per_epoch(self) -> int:

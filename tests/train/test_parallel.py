@@ -44,6 +44,15 @@ def test_each_row_is_trained_on_once_an_epoch_and_all_processes_meet(batch_size,
         assert rows == list(range(43))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "lengths"),
+    [(12, 1, [8, 8]), (7, 1, [6, 6, 4]), (16, 1, [16]), (5, 2, [4, 4])],
+)
+def test_the_passes_of_a_step_are_even(batch_size, world_size, lengths):
+    shares = Shares(100, 16, batch_size, 0, world_size)
+    assert [len(rows) for rows in shares.passes(0)] == lengths
+
+
 def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
