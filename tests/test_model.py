@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from minimind.config import PRESETS, ModelConfig, YarnScaling, model_config
 from minimind.errors import UserError
 from minimind.export.huggingface import transformers_config, transformers_state_dict
-from minimind.model import MiniMind, attention_mask
-from minimind.moe import balance
+from minimind.model import MLP, MiniMind, attention_mask
+from minimind.moe import alone, balance
 
 SHAPES = {
     "dense": ModelConfig(hidden_size=64, num_hidden_layers=3, vocab_size=257),
@@ -209,3 +209,19 @@ def test_the_command_line_chooses_shapes():
     assert model_config(hidden_size=320).hidden_size == 320
     with pytest.raises(UserError, match="not a multiple"):
         model_config(hidden_size=500)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 150])
+def test_an_expert_computes_the_same_on_a_block_that_is_filled_up(rows):
+    expert = MLP(ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    for parameter in expert.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(rows, 32)
+    results = []
+    for visit in (expert, lambda block: alone(expert, block)):
+        block = x.clone().requires_grad_()
+        out = visit(block)
+        gradients = torch.autograd.grad(out.square().sum(), [block, *expert.parameters()])
+        results.append((out, *gradients))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -185,6 +185,8 @@ class Trainer:
         epochs = self.total_steps / self.shares.steps_per_epoch
         work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
         self.compiled = compile_decoder(self.model, options.compile, work, parallel)
+        if self.compiled and parallel.device.type == "cpu":  # by whatever C++ compiler there is
+            self.check_compiled()
         self.engine = build_engine(self.model, options, parallel)
         if options.fits_batch_size:
             fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)
@@ -242,7 +244,6 @@ class Trainer:
 
     def check_compiled(self) -> None:
         """Go on without the compiler if what it made is wrong here."""
-        self.parallel.beat("compiling")
         rows = self.shares.rows_at_once
         if not computes_the_same(self.model, self.data.batch(0, 0, rows, min_rows=rows), self.parallel):
             self.compiled = False
@@ -355,8 +356,6 @@ class Trainer:
             monitor.start_loggers(self.options.loggers, run)
             if self.is_new:
                 self.objective.begin(self.model, self.datasets(), self.parallel, self.shares.batch_size)
-            if self.compiled:
-                self.check_compiled()
             try:
                 while self.done < self.total_steps:
                     self.train_steps(signals)
