@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainOptions(TrainOptions):
+    # Swept at `tiny`, see benchmarks/LOG.md.
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"muon": 5e-3, "adamw": 1e-3}
     data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on, plain or .gz")
+    learning_rate: float | None = flag(
+        None, "highest learning rate; without it 0.005 with muon, 0.001 with adamw"
+    )
 
 
 def stage(options: PretrainOptions) -> Stage:

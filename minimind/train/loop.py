@@ -56,7 +56,7 @@ from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.memory import is_out_of_memory, memory_errors_explained, rows_that_fit
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
-from minimind.train.optim import choose_optimizer, learning_rate_scale
+from minimind.train.optim import learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.shares import Shares
@@ -126,8 +126,7 @@ class Trainer:
     """State of one run. Build it, then `run` it once."""
 
     def __init__(self, stage: Stage, options: TrainOptions, parallel: Parallel) -> None:
-        optimizer = choose_optimizer(options.optimizer, parallel.zero_stage)
-        options = dataclasses.replace(options, optimizer=optimizer)
+        options = options.settled(parallel.zero_stage)
         self.stage, self.options, self.parallel = stage, options, parallel
         self.began = time.perf_counter()
         self.seconds_before, self.tokens = 0.0, 0  # spent before a resume, and trained on in all

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from minimind.errors import UserError
-
 
 def build_optimizers(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float
@@ -47,16 +45,6 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def choose_optimizer(name: str, zero_stage: int) -> str:
-    """What `--optimizer auto` is. Raises: UserError for Muon under ZeRO."""
-    if zero_stage and name == "muon":
-        raise UserError(
-            "--optimizer muon needs whole matrices, but ZeRO cuts them to pieces; use --optimizer adamw, or "
-            "--parallel fsdp, where muon works"
-        )
-    return name if name != "auto" else "adamw" if zero_stage else "muon"
 
 
 class Muon(torch.optim.Muon):

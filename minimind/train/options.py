@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
@@ -17,6 +18,8 @@ BATCH_SIZE = "rows in one forward and backward pass of one device, at most; auto
 @dataclass(frozen=True)
 class TrainOptions:
     """What a training run is told. A stage subclasses this to set its own defaults."""
+
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"muon": 5e-4, "adamw": 5e-4}
 
     # Data and results
     data_path: Path | None = flag(None, "JSONL file to train on, plain or .gz")
@@ -46,7 +49,7 @@ class TrainOptions:
         "muon: Muon for matrices, AdamW for the rest; auto: muon, under ZeRO adamw",
         choices=("auto", "muon", "adamw"),
     )
-    learning_rate: float = flag(5e-4, "highest learning rate")
+    learning_rate: float | None = flag(None, "highest learning rate; without it 0.0005")
     warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/50 of the run, at most 100")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 turns clipping off")
@@ -113,13 +116,29 @@ class TrainOptions:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if self.zero_stage not in (None, 1, 2, 3):
             raise UserError(f"--zero_stage is {self.zero_stage}; it must be 1, 2 or 3")
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 1 <= self.hang_timeout < 1e6:
             raise UserError(f"--hang_timeout is {self.hang_timeout}; it must be 1 to 1,000,000 seconds")
         for name in ("weight_decay", "grad_clip", "warmup_iters", "price_per_hour"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):  # refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
+
+    def settled(self, zero_stage: int) -> Self:
+        """With the optimizer and learning rate that the stage takes where none is named.
+
+        Raises: UserError for Muon under ZeRO.
+        """
+        if zero_stage and self.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon needs whole matrices, but ZeRO cuts them to pieces; use --optimizer adamw, "
+                "or --parallel fsdp, where muon works"
+            )
+        optimizer = self.optimizer
+        if optimizer == "auto":
+            optimizer = "adamw" if zero_stage else "muon"
+        rate = self.LEARNING_RATES[optimizer] if self.learning_rate is None else self.learning_rate
+        return replace(self, optimizer=optimizer, learning_rate=rate)
 
     @property
     def fits_batch_size(self) -> bool:
