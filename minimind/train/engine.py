@@ -43,7 +43,11 @@ class Engine:
         self.trained = self.wrap(model)
         self.max_norm = options.grad_clip or math.inf
         self.optimizers = build_optimizers(
-            model, options.optimizer, options.learning_rate, options.weight_decay
+            model,
+            options.optimizer,
+            options.learning_rate,
+            options.weight_decay,
+            options.EMBEDDING_RATE,
         )
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
 

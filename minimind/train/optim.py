@@ -11,36 +11,36 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 def build_optimizers(
-    model: nn.Module, name: str, learning_rate: float, weight_decay: float
+    model: nn.Module, name: str, learning_rate: float, weight_decay: float, embedding_rate: float = 1.0
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over the trainable parameters, each parameter in exactly one.
 
     `muon` takes the matrices inside the layers: momentum whose singular values are made equal (Jordan et
     al. 2024; scaled to AdamW's update size, Liu et al. 2025, arXiv:2502.16982). Embeddings, routers and
-    norms stay with AdamW, and only matrices decay.
+    norms stay with AdamW, the embeddings at `embedding_rate` times the learning rate; only matrices decay.
     """
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-
-    def is_hidden(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() == 2 and "embed_tokens" not in name and ".gate.weight" not in name
-
-    hidden = [p for n, p in parameters if is_hidden(n, p)]
-    other_matrices = [p for n, p in parameters if p.dim() > 1 and not is_hidden(n, p)]
-    vectors = [p for n, p in parameters if p.dim() < 2]
+    vectors = [p for _, p in parameters if p.dim() < 2]
+    embeddings = [p for n, p in parameters if "embed_tokens" in n]
+    routers = [p for n, p in parameters if ".gate.weight" in n]
+    taken = {*vectors, *embeddings, *routers}
+    hidden = [p for _, p in parameters if p not in taken]
 
     optimizers: list[torch.optim.Optimizer] = []
+    groups = [{"params": vectors, "weight_decay": 0.0}]
     if name == "muon":
         muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
+        groups.append({"params": routers})
+        groups.append({"params": embeddings, "lr": learning_rate * embedding_rate})
     else:
-        other_matrices += hidden
-    groups = [
-        {"params": other_matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+        groups.append({"params": embeddings + routers + hidden})
     groups = [group for group in groups if group["params"]]
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True))
+        adamw = torch.optim.AdamW(
+            groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
+        optimizers.append(adamw)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

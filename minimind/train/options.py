@@ -20,6 +20,7 @@ class TrainOptions:
     """What a training run is told. A stage subclasses this to set its own defaults."""
 
     LEARNING_RATES: ClassVar[dict[str, float]] = {"muon": 5e-4, "adamw": 5e-4}
+    EMBEDDING_RATE: ClassVar[float] = 1.0  # of the embeddings beside Muon, times the learning rate
 
     # Data and results
     data_path: Path | None = flag(None, "JSONL file to train on, plain or .gz")

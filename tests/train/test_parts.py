@@ -41,7 +41,7 @@ def test_schedule_warms_up_and_never_exceeds_the_rate():
 @pytest.mark.parametrize("experts", [0, 4])
 def test_each_parameter_has_one_optimizer_and_only_matrices_decay(name, experts):
     model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1, num_experts=experts))
-    optimizers = build_optimizers(model, name, 1e-3, 0.1)
+    optimizers = build_optimizers(model, name, 1e-3, 0.1, embedding_rate=3.0)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     assert len(parameters) == len(set(parameters)) == len(list(model.parameters()))
@@ -51,6 +51,9 @@ def test_each_parameter_has_one_optimizer_and_only_matrices_decay(name, experts)
         muon = set(optimizers[0].param_groups[0]["params"])
         assert model.model.layers[0].self_attn.q_proj.weight in muon
         assert model.model.embed_tokens.weight not in muon
+    for group in groups:
+        faster = name == "muon" and any(p is model.model.embed_tokens.weight for p in group["params"])
+        assert group["peak_lr"] == pytest.approx(3e-3 if faster else 1e-3)
 
 
 def test_frozen_parameters_get_no_optimizer():
