@@ -50,7 +50,7 @@ from minimind.stages import pretrain, sft
 from minimind.train.monitor import matmul_rate
 
 DATA: dict[str, Kind] = {"pretrain_hq": "pretrain", "sft_mini_512": "conversation"}
-BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 4)}  # rows in a pass, passes in a step
+BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 2)}  # rows in a pass, passes in a step
 AHEAD = 2  # steps whose rows `prefetch` has made before they are asked for
 RECIPE = "original's recipe"
 NO_LITGPT = "not measured: no --litgpt_python"

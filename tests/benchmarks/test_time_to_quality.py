@@ -14,7 +14,7 @@ def test_both_learn_for_the_time_they_are_given(tmp_path):
     data, held_out, found = tmp_path / "texts.jsonl", tmp_path / "held_out.jsonl", tmp_path / "found.json"
     data.write_text("\n".join(lines), encoding="utf-8")
     held_out.write_text("\n".join(lines[:20]), encoding="utf-8")
-    flags = "--minutes 0.15 --part 0.5 --evaluations 2 --max_seq_len 64 --rows 2 --recipe_rows 2"
+    flags = "--minutes 0.15 --part 0.5 --evaluations 2 --max_seq_len 64 --rows 2 --recipe_rows 2 --compile 0"
     assert (
         main(
             [
