@@ -174,7 +174,7 @@ class Trainer:
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
         if self.warmup_steps is None:
-            self.warmup_steps = min(100, self.total_steps // 50)
+            self.warmup_steps = min(100, self.total_steps // 20)
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
 
         self.check_same_as_main()

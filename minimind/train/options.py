@@ -51,7 +51,7 @@ class TrainOptions:
         choices=("auto", "muon", "adamw"),
     )
     learning_rate: float | None = flag(None, "highest learning rate; without it 0.0005")
-    warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/50 of the run, at most 100")
+    warmup_iters: int | None = flag(None, "steps of linear warm-up; without it 1/20 of the run, at most 100")
     weight_decay: float = flag(0.1, "decoupled weight decay of matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 turns clipping off")
     max_steps: int | None = flag(None, "stop after so many optimizer steps; the schedule ends there too")

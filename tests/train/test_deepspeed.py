@@ -30,6 +30,12 @@ from .test_parallel import alone, assert_same, train  # noqa: F401  a fixture
 pytest.importorskip("deepspeed")
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch) -> None:
+    """What DeepSpeed's engine sets ends with the test: other libraries take it for a launcher's."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
 @pytest.fixture(scope="session")
 def zero_in_this_process():
     """DeepSpeed keeps the process group that it was started in, so one serves all tests."""

@@ -83,7 +83,7 @@ def test_the_split_into_batches_does_not_matter(options, tmp_path, use_moe):
         for size, passes in ((8, 1), (4, 2), (1, 8))
     ]
     for other in runs[1:]:
-        assert metrics(other) == pytest.approx(metrics(runs[0]), rel=1e-5)
+        assert metrics(other) == pytest.approx(metrics(runs[0]), rel=2e-5)
 
 
 def test_the_split_does_not_matter_where_targets_are_uneven(options, sft_options, tmp_path):

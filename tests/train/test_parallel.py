@@ -114,7 +114,7 @@ def stopped_half_way(out_dir: Path, copy: Path) -> Path:
 
 
 def assert_same(alone: Trainer, losses: list[float], out_dir: Path) -> None:
-    assert losses == pytest.approx(metrics(alone), rel=1e-5)
+    assert losses == pytest.approx(metrics(alone), rel=2e-5)
     theirs = torch.load(out_dir / "pretrain_64.pth")
     ours = torch.load(alone.weights_path)
     assert all(torch.allclose(theirs[n].float(), t.float(), rtol=2e-3, atol=1e-4) for n, t in ours.items())
