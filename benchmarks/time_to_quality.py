@@ -208,7 +208,8 @@ def report(options: BenchmarkOptions, curves: dict[str, dict[str, list[Point]]])
         share = f"{shares[preset]:.0%}" if found else ""
         table.add_row(preset, f"{goal:.3f}", f"{needed:,.0f} s", reached, share)
     Console().print(table)
-    flags = f"--minutes {options.minutes:g} --rows {options.rows} --recipe_rows {options.recipe_rows}"
+    named = ("minutes", "evaluations", "rows", "recipe_rows")
+    flags = " ".join(f"--{name} {getattr(options, name):g}" for name in named)
     command = f"python -m benchmarks.time_to_quality --presets {' '.join(options.presets)} {flags}"
     results = {
         "data": options.data_path.name,

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainOptions(TrainOptions):
-    # Swept at `tiny`, see benchmarks/LOG.md.
-    LEARNING_RATES: ClassVar[dict[str, float]] = {"muon": 5e-3, "adamw": 1e-3}
+    # Swept at `tiny` and `small`, see benchmarks/LOG.md.
+    LEARNING_RATES: ClassVar[dict[str, float]] = {"muon": 2.5e-3, "adamw": 1e-3}
     EMBEDDING_RATE: ClassVar[float] = 6.0
     data_path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file to train on, plain or .gz")
     learning_rate: float | None = flag(
-        None, "highest learning rate; without it 0.005 with muon, 0.001 with adamw"
+        None, "highest learning rate; without it 0.0025 with muon, 0.001 with adamw"
     )
 
 

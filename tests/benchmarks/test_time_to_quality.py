@@ -29,7 +29,7 @@ def test_both_learn_for_the_time_they_are_given(tmp_path):
     )
 
     results = json.loads(found.read_text(encoding="utf-8"))
-    assert "--minutes 0.15 --rows 2 --recipe_rows 2" in results["command"]
+    assert "--minutes 0.15 --evaluations 2 --rows 2 --recipe_rows 2" in results["command"]
     recipe, ours = results["curves"]["tiny"].values()
     assert [len(recipe), len(ours)] == [2, 2]
     for curve, budget in ((recipe, 9), (ours, 4.5)):
