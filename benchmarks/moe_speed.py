@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,15 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.own_steps import EPOCHS, OwnSteps
 from benchmarks.side_by_side import in_own_process, median_and_spread, write_results
 from minimind.config import PRESETS, ModelConfig, model_config
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
 from minimind.moe import MoE
 from minimind.paths import DATASET_DIR, ROOT
-from minimind.stages.pretrain import PretrainOptions
-from minimind.train.loop import Stage, StopSignals, Trainer
-from minimind.train.parallel import setup
+from minimind.stages.pretrain import PretrainOptions, stage
 
 T = TypeVar("T")
 DENSE, OURS, MASKS = "dense", "moe", "moe, loop with masks"
@@ -127,25 +125,23 @@ def trainer_steps(name: str, options: BenchmarkOptions, folder: Path) -> Callabl
         max_seq_len=options.max_seq_len,
         batch_size=options.rows,
         accumulation_steps=1,
+        epochs=EPOCHS,
         compile=options.compile,
         device="cpu",
     )
-    trainer = Trainer(Stage("pretrain", data_kind="pretrain"), train_options, setup("cpu", "auto"))
-    trainer.peak_rate = 1.0
-    batches, numbers = trainer.step_batches(0), count()
-    passes, accumulate = [], trainer.accumulate_gradients
+    steps = OwnSteps(stage(train_options), train_options)
+    passes, accumulate = [], steps.trainer.accumulate_gradients
 
     def accumulate_timed(*arguments: object) -> object:
         losses, spent = timed(lambda: accumulate(*arguments))
         passes.append(spent)
         return losses
 
-    trainer.accumulate_gradients = accumulate_timed
+    steps.trainer.accumulate_gradients = accumulate_timed
 
     def step() -> Step:
-        rows = next(batches)
-        values, spent = timed(lambda: trainer.optimizer_step(next(numbers), rows, StopSignals()))
-        return Step(int(values["tokens"]), spent, passes[-1])
+        tokens, spent = timed(steps.step)
+        return Step(tokens, spent, passes[-1])
 
     return step
 

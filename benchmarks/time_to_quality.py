@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.own_steps import EPOCHS, OwnSteps
 from benchmarks.peers.recipe import OriginalRecipe, encoded_records
 from benchmarks.side_by_side import Work, in_own_process, write_results
 from minimind.data.batches import PackedDataset
@@ -35,8 +37,7 @@ from minimind.flags import flag, parse_flags
 from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions, stage
-from minimind.train.loop import StopSignals, Trainer
-from minimind.train.parallel import setup
+from minimind.train.loop import Trainer
 
 EVAL_ROWS = 96  # of max_seq_len
 RECORDS = 46_000  # of the recipe, more than it gets through
@@ -53,8 +54,6 @@ class BenchmarkOptions:
     max_seq_len: int = flag(512, "length of a row in tokens")
     recipe_rows: int = flag(8, "rows in an optimizer step of the recipe")
     rows: int = flag(8, "rows in an optimizer step of ours")
-    learning_rate: float | None = flag(None, "of ours; without it the default")
-    optimizer: str = flag("auto", "of ours", choices=("auto", "muon", "adamw"))
     compile: str = flag("1", "torch.compile in ours", choices=("0", "1"))
     json: Path = flag(ROOT / "benchmarks/results/time_to_quality.json", "where the results are written")
 
@@ -97,7 +96,7 @@ def learning_curves(options: BenchmarkOptions) -> dict[str, list[Point]]:
 
 def original(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
     """The original's recipe; returns what trains until its clock stands at so many seconds."""
-    judge = minimind_trainer(options, folder, max_steps=1)  # knows how to measure
+    judge = own_steps(options, folder, max_steps=1).trainer  # knows how to measure
     records = list(islice(encoded_records(options.data_path, "pretrain"), RECORDS))
     random.Random(0).shuffle(records)
 
@@ -123,38 +122,34 @@ def minimind(options: BenchmarkOptions, budget: float, folder: Path) -> Work:
     """This project's loop, with as many steps as fit in `budget` seconds by what the first ones take."""
     steps_fitting = measure_steps(options, budget, folder / "measured")
     began = time.perf_counter()
-    trainer = minimind_trainer(options, folder, steps_fitting)
-    batches = trainer.step_batches(0)
+    steps = own_steps(options, folder, steps_fitting)
     clock, tokens, done = time.perf_counter() - began, 0, 0
 
     def train_until(seconds: float) -> Point:
         nonlocal clock, tokens, done
-        while clock < seconds and done < trainer.total_steps:
-            began = time.perf_counter()
-            tokens += int(trainer.optimizer_step(done, next(batches), StopSignals())["tokens"])
+        while clock < seconds and done < steps_fitting:
+            tokens += steps.step()
             done += 1
-            clock += time.perf_counter() - began
-        return Point(clock, tokens, quality(trainer.model, trainer))
+            clock += steps.took
+        return Point(clock, tokens, quality(steps.trainer.model, steps.trainer))
 
     return train_until
 
 
 def measure_steps(options: BenchmarkOptions, budget: float, folder: Path, steps: int = 8) -> int:
     """How many optimizer steps fit into `budget` seconds, the start of a run included."""
-    minimind_trainer(options, folder, steps)  # from here on tokens and compiled code are cached
+    own_steps(options, folder, steps)  # from here on tokens and compiled code are cached
     began = time.perf_counter()
-    trainer = minimind_trainer(options, folder, steps)
+    own = own_steps(options, folder, steps)
     start, took = time.perf_counter() - began, []
-    for step, batches in enumerate(trainer.step_batches(0)):
-        began = time.perf_counter()
-        trainer.optimizer_step(step, batches, StopSignals())
-        took.append(time.perf_counter() - began)
-    first, usual = took[0], sorted(took[1:])[len(took) // 2]
+    for _ in range(steps):
+        own.step()
+        took.append(own.took)
+    first, usual = took[0], statistics.median(took[1:])
     return max(steps, int((budget - start - first) / usual))
 
 
-def minimind_trainer(options: BenchmarkOptions, folder: Path, max_steps: int) -> Trainer:
-    chosen = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+def own_steps(options: BenchmarkOptions, folder: Path, max_steps: int) -> OwnSteps:
     train_options = PretrainOptions(
         data_path=options.data_path,
         eval_path=options.eval_path,
@@ -164,15 +159,11 @@ def minimind_trainer(options: BenchmarkOptions, folder: Path, max_steps: int) ->
         batch_size=options.rows,
         accumulation_steps=1,
         max_steps=max_steps,
-        epochs=1000,
-        optimizer=options.optimizer,
+        epochs=EPOCHS,
         compile=options.compile,
         device="cpu",
-        **chosen,
     )
-    trainer = Trainer(stage(train_options), train_options, setup("cpu", "auto"))
-    trainer.peak_rate = 1.0  # nobody reads the MFU
-    return trainer
+    return OwnSteps(stage(train_options), train_options)
 
 
 def quality(model: MiniMind, trainer: Trainer) -> float:
@@ -208,8 +199,8 @@ def report(options: BenchmarkOptions, curves: dict[str, dict[str, list[Point]]])
         share = f"{shares[preset]:.0%}" if found else ""
         table.add_row(preset, f"{goal:.3f}", f"{needed:,.0f} s", reached, share)
     Console().print(table)
-    named = ("minutes", "evaluations", "rows", "recipe_rows")
-    flags = " ".join(f"--{name} {getattr(options, name):g}" for name in named)
+    named = ("minutes", "part", "evaluations", "rows", "recipe_rows", "compile")
+    flags = " ".join(f"--{name} {getattr(options, name)}" for name in named)
     command = f"python -m benchmarks.time_to_quality --presets {' '.join(options.presets)} {flags}"
     results = {
         "data": options.data_path.name,

@@ -63,8 +63,8 @@ def parts(decoder: Decoder, parallel: Parallel) -> Iterable[nn.Module]:
 
 def compiler_options(device: str) -> dict[str, str] | None:
     """The processor by its name where a compiler may not recognise it."""
-    known = "cpp.march" in torch._inductor.list_options()
-    if device == "cpu" and known and torch.cpu.get_capabilities().get("amx_bf16"):
+    nameable = "cpp.march" in torch._inductor.list_options()  # in newer PyTorch
+    if device == "cpu" and nameable and torch.cpu.get_capabilities().get("amx_bf16"):
         return {"cpp.march": "sapphirerapids"}  # the first that had AMX
     return None
 

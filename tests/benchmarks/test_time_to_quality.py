@@ -29,13 +29,17 @@ def test_both_learn_for_the_time_they_are_given(tmp_path):
     )
 
     results = json.loads(found.read_text(encoding="utf-8"))
-    assert "--minutes 0.15 --evaluations 2 --rows 2 --recipe_rows 2" in results["command"]
+    assert "--minutes 0.15 --part 0.5 --evaluations 2 --rows 2 --recipe_rows 2" in results["command"]
     recipe, ours = results["curves"]["tiny"].values()
     assert [len(recipe), len(ours)] == [2, 2]
-    for curve, budget in ((recipe, 9), (ours, 4.5)):
-        assert 0 < curve[0]["tokens"] < curve[1]["tokens"]
-        assert curve[1]["bits_per_byte"] < curve[0]["bits_per_byte"]
-        assert curve[1]["seconds"] < 2 * budget
+    assert 0 < recipe[0]["tokens"] < recipe[1]["tokens"]
+    assert recipe[1]["bits_per_byte"] < recipe[0]["bits_per_byte"]
+    assert recipe[1]["seconds"] < 18
+    # Its number of steps is set before; on a busy machine they may all be done, or none, at the first look.
+    assert 0 <= ours[0]["tokens"] <= ours[1]["tokens"] > 0
+    print(results["curves"])
+    assert ours[1]["bits_per_byte"] < 0
+    assert ours[1]["seconds"] < 9
     assert "minutes of training" in found.with_suffix(".svg").read_text(encoding="utf-8")
 
 
