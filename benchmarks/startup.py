@@ -60,7 +60,7 @@ def commands() -> list[list[str]]:
     scripts = [ROOT / "eval_model.py", *sorted((ROOT / "trainer").glob("*.py"))]
     return [
         *([str(script.relative_to(ROOT))] for script in scripts),
-        *(["-m", "minimind", *name] for name in ([], *([name] for name in COMMANDS))),
+        *(["-m", "minimind", *name.split()] for name in ("", *COMMANDS)),
     ]
 
 

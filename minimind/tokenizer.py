@@ -8,7 +8,7 @@ One rule holds at every entry: **text is never a control token**. What a user wr
 tokens off, so a message that contains `<|im_end|>` costs a few ordinary ids; ids 0 to 2 come from the chat
 template alone.
 
-    python -m minimind.tokenizer dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl --out_dir out/tokenizer
+    minimind tokenizer dataset/pretrain_hq.jsonl dataset/sft_mini_512.jsonl --out_dir out/tokenizer
 
 trains another one on your own text.
 """
@@ -32,7 +32,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from minimind.errors import UserError, run_cli
+from minimind.errors import UserError
 from minimind.paths import TOKENIZER_DIR
 
 END_OF_TEXT, IM_START, IM_END = CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -100,7 +100,7 @@ class Tokenizer:
         if found != CONTROL_TOKENS:
             raise UserError(
                 f"{file}: the special tokens 0, 1, 2 are {found}, but MiniMind needs {CONTROL_TOKENS}. "
-                "Use MiniMind's own tokenizer, or train one with `python -m minimind.tokenizer`."
+                "Use MiniMind's own tokenizer, or train one with `minimind tokenizer`."
             )
         try:
             return cls(tokenizer_json, *_read_template(path), path)
@@ -468,9 +468,9 @@ def _write_tokenizer(vocabulary: tokenizers.Tokenizer, out_dir: Path) -> Tokeniz
     return Tokenizer.load(out_dir)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m minimind.tokenizer`: train a tokenizer and say how well it compresses."""
-    parser = argparse.ArgumentParser(prog="python -m minimind.tokenizer", description="Train a tokenizer.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """`minimind tokenizer`: train a tokenizer and say how well it compresses."""
+    parser = argparse.ArgumentParser(description="Train a tokenizer.")
     parser.add_argument("files", nargs="+", help=".jsonl or .txt, optionally .gz; given twice weighs twice")
     parser.add_argument("--vocab_size", type=int, default=6400)
     parser.add_argument("--out_dir", default="out/tokenizer")
@@ -487,7 +487,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratio = sum(map(len, sample)) / sum(map(len, tokenizer.encode_batch(sample)))
     entries = f"{tokenizer.vocab_size:,} entries"
     print(f"wrote {args.out_dir}: {entries}, {ratio:.3f} characters per token, {seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    return 0

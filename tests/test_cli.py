@@ -42,7 +42,7 @@ def out(tmp_path):
 def minimind(out, monkeypatch):
     """Run a command on `out`."""
     monkeypatch.setattr(sys, "argv", ["minimind"])
-    return lambda name, *flags: main([name, "--out_dir", str(out), *SIZE, *map(str, flags)])
+    return lambda name, *flags: main([*name.split(), "--out_dir", str(out), *SIZE, *map(str, flags)])
 
 
 def logits(model) -> torch.Tensor:
@@ -84,17 +84,33 @@ def test_help_is_quick_and_lists_all_commands():
 def test_every_command_has_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["minimind"])
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: minimind {name} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["pretrian"], []])
-def test_a_wrong_command_is_answered_with_the_list(argv, capsys):
+def test_a_group_lists_its_commands(capsys):
+    assert main(["export", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "export peft" in shown
+    assert "import peft" not in shown
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "listed"),
+    [
+        ([], "name a command", "export peft"),
+        (["pretrian"], "there is no command 'pretrian'", "export peft"),
+        (["pretrian", "--help"], "there is no command 'pretrian'", "export peft"),
+        (["train"], "name a command", "train sft"),
+        (["train", "sfd", "--epochs", "1"], "there is no command 'train sfd'", "train sft"),
+    ],
+)
+def test_a_wrong_command_is_answered_with_the_list(argv, message, listed, capsys):
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: there is no command 'pretrian'\n" if argv else "error: name a command\n")
-    assert "export-peft" in error
+    assert error.startswith(f"error: {message}\n")
+    assert listed in error
 
 
 # ---- Merging ----
@@ -146,9 +162,9 @@ def test_what_merge_refuses(out, minimind):
 
 
 def test_an_adapter_of_peft_is_not_overwritten(out, minimind):
-    minimind("export-peft", "--lora_name", "all")
+    minimind("export peft", "--lora_name", "all")
     with pytest.raises(UserError, match="holds an adapter already; choose another --peft_dir"):
-        minimind("export-peft", "--lora_name", "all")
+        minimind("export peft", "--lora_name", "all")
 
 
 @pytest.mark.parametrize(
@@ -162,17 +178,17 @@ def test_an_adapter_of_peft_is_not_overwritten(out, minimind):
     ],
 )
 def test_scales_that_are_no_numbers_are_refused(out, minimind, damage):
-    minimind("export-peft", "--lora_name", "all")
+    minimind("export peft", "--lora_name", "all")
     path = out / "peft" / "all_64" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(UserError, match=r"adapter_config\.json is damaged"):
-        minimind("import-peft", "--lora_name", "again", "--peft_dir", path.parent)
+        minimind("import peft", "--lora_name", "again", "--peft_dir", path.parent)
 
 
 @pytest.mark.parametrize(("name", "config"), [("all", DENSE), ("attention", MOE)], ids=["dense", "moe"])
 def test_real_peft_reads_what_is_exported(out, minimind, tmp_path, name, config):
     moe = ["--use_moe", "1"] if config.num_experts else []
-    minimind("export-peft", "--lora_name", name, "--base_model", "some/model", *moe)
+    minimind("export peft", "--lora_name", name, "--base_model", "some/model", *moe)
     folder = out / "peft" / f"{name}_{config.name}"
     theirs = PeftModel.from_pretrained(peer(out, tmp_path, config), folder)
     settings = theirs.peft_config["default"]
@@ -182,7 +198,7 @@ def test_real_peft_reads_what_is_exported(out, minimind, tmp_path, name, config)
     expected = logits(with_adapters(out, name, config=config))
     assert (logits(theirs) - expected).abs().max() <= 1e-5
 
-    minimind("import-peft", "--lora_name", "again", "--peft_dir", folder, *moe)
+    minimind("import peft", "--lora_name", "again", "--peft_dir", folder, *moe)
     ours, again = (torch.load(out / "lora" / f"{n}_{config.name}.pth") for n in (name, "again"))
     assert ours.keys() == again.keys()
     assert all(torch.equal(tensor, again[key]) for key, tensor in ours.items())
@@ -194,7 +210,7 @@ def test_ranks_that_differ_are_exported_too(out, minimind, tmp_path):
     place = "model.layers.1.mlp.up_proj.lora"
     state |= {f"{place}.A.weight": torch.randn(3, 64), f"{place}.B.weight": torch.randn(192, 3)}
     torch.save(state, out / "lora" / "all_64.pth")
-    minimind("export-peft", "--lora_name", "all")
+    minimind("export peft", "--lora_name", "all")
     theirs = PeftModel.from_pretrained(peer(out, tmp_path), out / "peft" / "all_64")
     assert (logits(theirs) - logits(with_adapters(out, "all"))).abs().max() <= 1e-5
 
@@ -221,15 +237,15 @@ def test_adapters_that_real_peft_saved_are_imported(out, minimind, tmp_path, set
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path / "theirs")
-    minimind("import-peft", "--lora_name", "theirs", "--peft_dir", tmp_path / "theirs")
+    minimind("import peft", "--lora_name", "theirs", "--peft_dir", tmp_path / "theirs")
     assert (logits(with_adapters(out, "theirs")) - logits(theirs)).abs().max() <= 1e-5
     with pytest.raises(UserError, match="exists already; choose another --lora_name"):
-        minimind("import-peft", "--lora_name", "theirs", "--peft_dir", tmp_path / "theirs")
+        minimind("import peft", "--lora_name", "theirs", "--peft_dir", tmp_path / "theirs")
 
 
 def test_adapters_of_experts_are_not_for_peft(out, minimind):
     with pytest.raises(UserError, match=r"experts\.0\.gate_proj cannot .* instead: minimind merge"):
-        minimind("export-peft", "--lora_name", "all", "--use_moe", "1")
+        minimind("export peft", "--lora_name", "all", "--use_moe", "1")
 
 
 @pytest.mark.parametrize(
@@ -244,24 +260,24 @@ def test_adapters_of_experts_are_not_for_peft(out, minimind):
     ],
 )
 def test_adapters_that_are_more_than_lora_are_refused(out, minimind, change, message):
-    minimind("export-peft", "--lora_name", "all")
+    minimind("export peft", "--lora_name", "all")
     path = out / "peft" / "all_64" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        minimind("import-peft", "--lora_name", "x", "--peft_dir", path.parent)
+        minimind("import peft", "--lora_name", "x", "--peft_dir", path.parent)
 
 
 def test_folders_that_cannot_be_imported(out, minimind, tmp_path):
     with pytest.raises(UserError, match=r"is no PEFT adapter: .* with --peft_dir"):
-        minimind("import-peft", "--lora_name", "x", "--peft_dir", tmp_path)
-    minimind("export-peft", "--lora_name", "all")
+        minimind("import peft", "--lora_name", "x", "--peft_dir", tmp_path)
+    minimind("export peft", "--lora_name", "all")
     folder = out / "peft" / "all_64"
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
 
     def refused(message: str) -> None:
         with pytest.raises(UserError, match=message):
-            minimind("import-peft", "--lora_name", "x", "--peft_dir", folder)
+            minimind("import peft", "--lora_name", "x", "--peft_dir", folder)
 
     head = "base_model.model.lm_head.lora_A.weight"
     save_file(tensors | {head: torch.zeros(4, 64)}, weights)
@@ -273,4 +289,4 @@ def test_folders_that_cannot_be_imported(out, minimind, tmp_path):
     weights.rename(folder / "adapter_model.bin")
     refused("a pickle, which can run code, and is not read; write it with")
     with pytest.raises(UserError, match="--lora_name is"):
-        minimind("import-peft", "--lora_name", "../x", "--peft_dir", folder)
+        minimind("import peft", "--lora_name", "../x", "--peft_dir", folder)

@@ -292,7 +292,7 @@ def test_impossible_arguments_are_refused(corpus, tmp_path):
 
 
 def test_command_line_errors_are_one_sentence():
-    command = [sys.executable, "-m", "minimind.tokenizer", "missing.jsonl"]
+    command = [sys.executable, "-m", "minimind", "tokenizer", "missing.jsonl"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.startswith("error: missing.jsonl does not exist")

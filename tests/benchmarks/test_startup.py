@@ -25,7 +25,9 @@ def test_every_command_is_asked():
 
 def test_a_small_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(startup, "commands", lambda: [["eval_model.py"], ["-m", "minimind", "pretrain"]])
+    monkeypatch.setattr(
+        startup, "commands", lambda: [["eval_model.py"], ["-m", "minimind", "train", "pretrain"]]
+    )
     data, path = tmp_path / "data.jsonl", tmp_path / "startup.json"
     lines = (json.dumps({"text": f"{number} 床前明月光" * 20}, ensure_ascii=False) for number in range(200))
     data.write_text("\n".join(lines), encoding="utf-8")
@@ -33,7 +35,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     assert main([*small, "--data_path", str(data), "--json", str(path)]) == 0
 
     results = json.loads(path.read_text(encoding="utf-8"))
-    assert [*results["help_s"]] == ["python eval_model.py", "python -m minimind pretrain"]
+    assert [*results["help_s"]] == ["python eval_model.py", "python -m minimind train pretrain"]
     assert all(seconds > 0 for seconds in results["help_s"].values())
     parts = results["first_step_parts_s"]
     assert min(parts.values()) >= 0

@@ -1,0 +1,65 @@
+"""`minimind export peft` and `minimind import peft`: adapters on their way to and from PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.errors import UserError
+from minimind.export.options import ModelOptions
+from minimind.flags import flag, parse_flags
+from minimind.stages import SCRIPTS
+from minimind.stages.lora import check_name
+
+
+@dataclass(frozen=True)
+class PeftOptions(ModelOptions):
+    lora_name: str = flag("lora_medical", "name of the adapter")
+    peft_dir: Path | None = flag(None, "PEFT's folder; without it peft/ in out_dir")
+
+    def __post_init__(self) -> None:
+        check_name(self.lora_name)
+
+    @property
+    def folder(self) -> Path:
+        return self.peft_dir or self.out_dir / "peft" / f"{self.lora_name}_{self.config().name}"
+
+
+@dataclass(frozen=True)
+class ExportOptions(PeftOptions):
+    base_model: str | None = flag(
+        None, "name or folder of the model in transformers' format, to be noted there"
+    )
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """Write an adapter as a PEFT folder."""
+    options = parse_flags(ExportOptions, argv, export.__doc__)
+    from minimind.export import peft
+    from minimind.lora import read_adapters
+
+    path = options.adapter_path(options.lora_name)
+    if (options.folder / peft.CONFIG).exists():
+        raise UserError(f"{options.folder} holds an adapter already; choose another --peft_dir or move it")
+    state = read_adapters(path, options.model(), options.command(SCRIPTS["lora"]))
+    peft.export_peft(state, options.folder, options.base_model)
+    print(f"{options.folder}: {path.name} for PEFT")
+    return 0
+
+
+def import_(argv: Sequence[str] | None = None) -> int:
+    """Read an adapter from a PEFT folder."""
+    options = parse_flags(PeftOptions, argv, import_.__doc__)
+    import torch
+
+    from minimind.export import peft
+    from minimind.files import atomic_write
+
+    path = options.adapter_path(options.lora_name)
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --lora_name or move it")
+    state = peft.import_peft(options.folder, options.model())
+    atomic_write(path, lambda file: torch.save(state, file))
+    print(f"{path}: use it with --lora_name {options.lora_name}")
+    return 0
