@@ -299,5 +299,6 @@ class MiniMind(nn.Module):
         """
         hidden, routing = self.model(input_ids, position_ids, document_ids)
         if logits_at is not None:
-            hidden = hidden.flatten(0, 1)[logits_at]  # (M, H)
+            # `index_select`, whose gradient is added up where that of brackets is put value by value.
+            hidden = hidden.flatten(0, 1).index_select(0, logits_at)  # (M, H)
         return ModelOutput(self.lm_head(hidden), routing)

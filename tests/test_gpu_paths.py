@@ -10,9 +10,15 @@ from torch.nn.attention import flex_attention as flex_module
 from minimind import blocks, lora, moe
 from minimind.config import ModelConfig
 from minimind.model import BlockMask, MiniMind, attention_mask
+from minimind.train import memory
+from minimind.train.losses import negative_log_likelihood
+from minimind.train.optim import Muon
 
 DENSE = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
 MOE = ModelConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=101, num_experts=4)
+
+
+SHAPES = [(48, 64), (64, 48), (48, 64), (64, 64)]
 
 
 @pytest.fixture
@@ -120,3 +126,44 @@ def test_experts_whose_weights_are_elsewhere_work_one_by_one():
     experts = random_model(MOE).model.layers[0].mlp.experts
     experts[1].down_proj.weight.data = torch.empty(0)  # as DeepSpeed leaves a weight that it has split
     assert not moe.grouped(OnGPU, experts)
+
+
+def test_matrices_updated_together_are_what_pytorchs_muon_makes_of_each():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    together, one_by_one = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=generator)
+        if step == 2:  # as after `zero_grad`, where a matrix took no part
+            ours[1].grad = theirs[1].grad = None
+        together.update_together(together.param_groups[0])
+        one_by_one.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (b - before).norm() > 0.1
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # both sum in bf16, in another order
+        torch.testing.assert_close(
+            together.state[a]["momentum_buffer"], one_by_one.state[b]["momentum_buffer"]
+        )
+
+
+def test_the_likelihood_of_rounded_logits_is_summed_in_fp32():
+    logits, labels = torch.randn(9, 101, dtype=torch.bfloat16), torch.arange(9)
+    expected = -logits.double().log_softmax(-1)[labels, labels]
+    nll = negative_log_likelihood(logits, labels)
+    assert nll.dtype is torch.float32
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpus_pass_takes_part_of_its_memory(monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda device: 24e9)
+    gpu = torch.device("cuda")
+    rows = {
+        hidden: memory.rows_worthwhile(ModelConfig(hidden_size=hidden), 1e8, 512, gpu)
+        for hidden in (256, 768)
+    }
+    assert 30 < rows[768] < rows[256] < 300
+    assert memory.rows_worthwhile(ModelConfig(), 1e8, 32768, gpu) == 1
+    assert memory.rows_worthwhile(ModelConfig(), 1.5e8, 512, torch.device("cpu")) == 13

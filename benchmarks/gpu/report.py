@@ -92,7 +92,7 @@ def speed_table(results: dict[str, Any]) -> Table:
     )
     table = Table(*columns, title=title + (" · DRY RUN, no speeds" if results["dry_run"] else ""))
     for row in results["speed"]:
-        name = f"{row['stage']} {row['preset']}" + (", compiled" if row["compile"] == "1" else "")
+        name = f"{row['stage']} {row['preset']}"
         if "error" in row:
             table.add_row(name, row["error"], style="red")
             continue

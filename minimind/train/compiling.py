@@ -32,7 +32,9 @@ def compile_decoder(model: MiniMind, wanted: str, work: float, parallel: Paralle
     """
     device = parallel.device.type
     if wanted == "auto":
-        steady = not model.config.num_experts  # expert blocks change their shape with every batch
+        # Expert blocks change their shape with every batch, unless they are in one product.
+        together = device == "cuda" and parallel.dtype is torch.bfloat16 and not parallel.sharded
+        steady = not model.config.num_experts or together
         pays = device == "cuda" or (device == "cpu" and work > WORTH_COMPILING)
         if not (steady and pays) or parallel.zero_stage == 3:
             return False

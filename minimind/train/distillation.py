@@ -15,7 +15,7 @@ from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 from minimind.train.checkpoint import file_checksum
-from minimind.train.losses import at_targets
+from minimind.train.losses import at_least_fp32, at_targets
 from minimind.train.monitor import training_flops
 from minimind.train.objective import Loss, Objective, with_balance
 from minimind.train.parallel import Parallel
@@ -65,6 +65,6 @@ class Distillation(Objective):
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher ‖ student) (M,) in nats, of logits (M, V) at the temperature."""
-        student = (student / self.temperature).log_softmax(dim=-1)
-        teacher = (teacher / self.temperature).log_softmax(dim=-1)
+        student = (at_least_fp32(student) / self.temperature).log_softmax(dim=-1)
+        teacher = (at_least_fp32(teacher) / self.temperature).log_softmax(dim=-1)
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)

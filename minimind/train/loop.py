@@ -53,7 +53,12 @@ from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import build_engine
 from minimind.train.loggers import RunInfo, check_installed
-from minimind.train.memory import is_out_of_memory, memory_errors_explained, rows_that_fit
+from minimind.train.memory import (
+    is_out_of_memory,
+    memory_errors_explained,
+    rows_that_fit,
+    rows_worthwhile,
+)
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import learning_rate_scale
@@ -66,9 +71,6 @@ from minimind.train.zero_settings import zero_stage
 from minimind.weights import check_tokenizer, load_model, save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
-# Floating-point operations: about five seconds on two cores. There 26 M parameters were trained at 1,280
-# tokens/s with 32 rows of 512 at once, at 1,550 with 12 (what this allows), and at 1,540 with 8.
-CPU_PASS = 1e12
 
 # Options that decide what a run computes, as do those of a stage's own: a resumed run must have the same.
 FIXED_IN_A_RUN = (
@@ -169,7 +171,8 @@ class Trainer:
 
         self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
         rows, wanted = options.rows_per_step, options.batch_size
-        at_once = min(rows if options.fits_batch_size else wanted, self.rows_of_a_pass)
+        worthwhile = rows_worthwhile(self.config, self.flops_per_token, options.max_seq_len, parallel.device)
+        at_once = min(rows if options.fits_batch_size else wanted, worthwhile)
         self.shares = Shares(self.data.num_rows, rows, at_once, parallel.rank, parallel.world_size)
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
         self.warmup_steps = options.warmup_iters
@@ -193,13 +196,6 @@ class Trainer:
             self.say(f"--batch_size auto: {fits} rows at once, in steps of {self.shares.rows_per_step}")
         self.stability = Stability(options.skip_limit)
         self.checkpoints = CheckpointWriter(self.run_dir / "checkpoints", parallel, options.keep_last)
-
-    @property
-    def rows_of_a_pass(self) -> int:
-        """The most rows of a pass: a CPU is no faster with more, and answers a signal between two."""
-        if self.parallel.device.type != "cpu":
-            return 10**9
-        return max(1, int(CPU_PASS / (self.flops_per_token * self.options.max_seq_len)))
 
     @property
     def seconds(self) -> float:

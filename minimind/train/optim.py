@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +50,61 @@ def build_optimizers(
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for sharded matrices too.
+    """PyTorch's Muon, for sharded matrices too, and for a GPU in fewer, larger products.
 
     The singular values of a matrix need all of it: each process gathers the gradients, works out the same
     update, and applies its part. Left to sharded products, their rounding would differ with the processes.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if isinstance(parameter.grad, DTensor):
-                    parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters):
+            for group in self.param_groups:
+                self.update_together(group)
+            return None
+        for parameter in parameters:
+            if isinstance(parameter.grad, DTensor):
+                parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
         return super().step(closure)
+
+    @torch.no_grad()
+    def update_together(self, group: dict[str, Any]) -> None:
+        """What PyTorch's step does to one matrix after the other, with all matrices of a shape as one batch.
+
+        A small model's matrices keep a GPU waiting: on an H100, 56 of them took 30 ms one by one, half as
+        long as forward and backward of 65,536 tokens.
+        """
+        parameters = [p for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+
+        of_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, parameter in enumerate(parameters):
+            of_shape[parameter.shape].append(i)
+        for shape, members in of_shape.items():
+            update = orthogonalized(torch.stack([updates[i] for i in members]), group)
+            matrices = [parameters[i] for i in members]
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # "match_rms_adamw"
+            torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-rate)
+
+
+def orthogonalized(x: Tensor, group: dict[str, Any]) -> Tensor:
+    """Matrices x (n, A, B) with all singular values near 1, in bf16, by Newton and Schulz's iteration
+    (Jordan et al. 2024), under the settings of PyTorch's Muon."""
+    a, b, c = group["ns_coefficients"]
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -12,7 +12,7 @@ from minimind.flags import WORD, flag
 from minimind.paths import OUT_DIR
 from minimind.train.loggers import LOGGERS
 
-BATCH_SIZE = "rows in one forward and backward pass of one device, at most; auto: what its memory holds"
+BATCH_SIZE = "rows in one forward and backward pass of one device, at most; auto: what a trial says it holds"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class TrainOptions:
 
     # Optimisation
     epochs: int = flag(1, "passes over the data")
-    batch_size: int = flag(32, BATCH_SIZE, word="auto")
-    accumulation_steps: int = flag(4, "batches of batch_size in one optimizer step, over all devices")
+    batch_size: int = flag(128, BATCH_SIZE, word="auto")
+    accumulation_steps: int = flag(1, "batches of batch_size in one optimizer step, over all devices")
     global_batch_size: int | None = flag(None, "rows in one optimizer step, instead of accumulation_steps")
     optimizer: str = flag(
         "auto",

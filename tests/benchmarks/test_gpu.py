@@ -30,7 +30,7 @@ def results(tmp_path_factory) -> dict:
 
 def test_a_row_for_every_preset_and_stage(results):
     rows = {(row["stage"], row["preset"]) for row in results["speed"]}
-    assert rows == {("pretrain", p) for p in ("tiny", "small", "base", "moe")} | {
+    assert rows == {("pretrain", p) for p in ("tiny", "small", "base", "moe", "wide")} | {
         (stage, "small") for stage in ("sft", "lora", "dpo", "reason", "distill")
     }
     for row in results["speed"]:
