@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from minimind.blocks import CAN_COMPILE
 from minimind.data.batches import Batch, PackedDataset
 from minimind.model import MiniMind, Routing
+from minimind.train.compiling import uncompiled
 from minimind.train.parallel import Parallel
 
 
@@ -28,8 +30,8 @@ class AtTargets:
     @cached_property
     def nll(self) -> Tensor:
         """(M,) the negative log-likelihood of the labels, in nats and at least fp32."""
-        on_gpu = self.logits.device.type == "cuda" and CAN_COMPILE
-        return (compiled_nll() if on_gpu else negative_log_likelihood)(self.logits, self.labels)
+        trained_on_gpu = self.logits.device.type == "cuda" and CAN_COMPILE and self.logits.requires_grad
+        return (compiled_nll() if trained_on_gpu else negative_log_likelihood)(self.logits, self.labels)
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def at_all_targets(
     """This process's share of the first `max_rows` rows of `data`, and what `model` says there.
 
     All processes make as many forward passes, with padding where one has no rows: a sharded model needs them
-    all for each.
+    all for each. On a GPU they are not compiled: code for them alone takes longer to make than it saves.
     """
     rows = min(data.num_rows, max_rows or data.num_rows)
     was_training = model.training
@@ -76,7 +78,7 @@ def at_all_targets(
         start = min(together + parallel.rank * batch_size, rows)
         parallel.beat("scoring")
         batch = data.batch(0, start, min(batch_size, rows - start), min_rows=batch_size).to(parallel.device)
-        with parallel.autocast():
+        with parallel.autocast(), uncompiled(model) if batch.input_ids.is_cuda else nullcontext():
             targets = at_targets(model, batch)
         yield batch, targets
     model.train(was_training)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from minimind.config import ModelConfig
+from minimind.model import MiniMind
 from minimind.train import compiling
 
 from .conftest import metrics, run
@@ -32,6 +34,20 @@ def compile_with(monkeypatch, change):
 
     own = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda part, options: own(part, backend=backend))
+
+
+def test_within_uncompiled_the_model_runs_as_written(monkeypatch):
+    compile_with(monkeypatch, lambda x: x + 1)
+    model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        model.model.layers.compile(options=None)
+        changed = model(ids).logits
+        with compiling.uncompiled(model):
+            torch.testing.assert_close(model(ids).logits, plain)
+        torch.testing.assert_close(model(ids).logits, changed)
+    assert (changed - plain).abs().max() > 0.01
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
