@@ -26,14 +26,19 @@ import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from minimind.bulk_encoding import LONGEST, bulk_encoder
 from minimind.errors import UserError
 from minimind.paths import TOKENIZER_DIR
+
+if TYPE_CHECKING:
+    import tiktoken
 
 END_OF_TEXT, IM_START, IM_END = CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -117,13 +122,15 @@ class Tokenizer:
             return self._text_encoder.encode(_replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once, on all cores."""
-        try:
-            encodings = self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:
-            texts = [_replace_surrogates(text) for text in texts]
-            encodings = self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """`encode` for many texts: the same ids, about three times as fast with a tokenizer like ours."""
+        fast = self._bulk_encoder
+        if fast is None:
+            return list(map(self.encode, texts))
+        return [fast.encode_ordinary(text) if len(text) <= LONGEST else self.encode(text) for text in texts]
+
+    @cached_property
+    def _bulk_encoder(self) -> tiktoken.Encoding | None:
+        return bulk_encoder(self._source[0], WORD, self.token_bytes)
 
     def encode_document(self, text: str) -> list[int]:
         """One pretraining document: `<|im_start|>`, the text, `<|im_end|>` (the convention of MiniMind2)."""

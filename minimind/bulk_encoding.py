@@ -1,0 +1,69 @@
+"""Many texts to ids: tiktoken's BPE, about three times as fast as that of `tokenizers`, where both must agree.
+
+tiktoken knows no list of merges: it joins the neighbours whose joint token has the lowest id. That is the same
+if merges make tokens in the order of their ids, and if every token's bytes alone are merged to that token.
+For suppose the list left two neighbours apart whose bytes together are a token: within those bytes it made
+the same merges as it does when they stand alone, and there it arrives at the token.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+if TYPE_CHECKING:
+    import tiktoken
+
+LONGEST = (
+    100_000  # characters of a text; the regular expressions' engine gives up at a million spaces in a row
+)
+
+
+def bulk_encoder(tokenizer_json: str, word: str, token_bytes: list[bytes]) -> tiktoken.Encoding | None:
+    """What encodes plain text like the tokenizer in `tokenizer_json`, or None when that is not certain.
+
+    Args:
+        word: a pattern of words that is known to cut text alike in both libraries.
+        token_bytes: the bytes of each id; none for a control token.
+    """
+    data = json.loads(tokenizer_json)
+    model = data["model"]
+    special = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    plain = (
+        not data["normalizer"]
+        and splits(data["pre_tokenizer"]) == [word]
+        and all(token["special"] for token in data["added_tokens"])
+        and model["type"] == "BPE"
+        and not any(model.get(name) for name in special)
+    )
+    if not plain:
+        return None
+    tokens = {token: i for token, i in model["vocab"].items() if token_bytes[i]}
+    pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
+    made = [tokens["".join(pair)] for pair in pairs]
+    bpe = tokenizers.Tokenizer.from_str(tokenizer_json).model
+    if made != sorted(set(made)) or any(len(bpe.tokenize(token)) > 1 for token in tokens):
+        return None
+    import tiktoken
+
+    ranks = {token_bytes[i]: i for i in tokens.values()}
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        return None
+    return tiktoken.Encoding("minimind", pat_str=word, mergeable_ranks=ranks, special_tokens={})
+
+
+def splits(pre_tokenizer: dict[str, Any] | None) -> list[str]:
+    """The patterns by which text falls to words, of a pre-tokenizer that does nothing else to it."""
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    patterns = []
+    for part in parts:
+        match part:
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                patterns.append(pattern)
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                pass
+            case _:
+                return []
+    return patterns
