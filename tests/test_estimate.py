@@ -61,7 +61,7 @@ def test_an_estimate_is_what_the_run_takes(minimind, tmp_path, flags):
     assert "it fits" in said
     assert float(re.search(r"¥([\d.]+) at ¥3600 an hour", said)[1]) > 0
 
-    took = minimind("pretrain", "texts", *flags, "--price_per_hour", "3600")
+    took = minimind("train pretrain", "texts", *flags, "--price_per_hour", "3600")
     run = json.loads((tmp_path / "out" / "runs" / "pretrain_64" / "run.json").read_text())
     cost = run["cost"]
     assert planned(said) == (cost["tokens"], run["total_steps"])
@@ -73,12 +73,12 @@ def test_an_estimate_is_what_the_run_takes(minimind, tmp_path, flags):
 
 
 def test_a_run_that_was_resumed_counts_all_its_parts(minimind, tmp_path, monkeypatch):
-    minimind("pretrain", "texts", "--save_interval", "2")
+    minimind("train pretrain", "texts", "--save_interval", "2")
     run_file = tmp_path / "out" / "runs" / "pretrain_64" / "run.json"
     whole = json.loads(run_file.read_text())["cost"]
     assert whole["money"] is None
     list_checkpoints(run_file.parent / "checkpoints")[-1].with_suffix(".sha256").unlink()
-    minimind("pretrain", "texts", "--save_interval", "2", "--from_resume", "1")
+    minimind("train pretrain", "texts", "--save_interval", "2", "--from_resume", "1")
     resumed = json.loads(run_file.read_text())["cost"]
     assert resumed["tokens"] == whole["tokens"]
     saved = load_state(list_checkpoints(run_file.parent / "checkpoints")[-1])
