@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import SafetensorError
 
 from minimind.errors import UserError
 
@@ -35,11 +38,51 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write into; renamed into its place when all is there, else removed.
+
+    Raises: UserError when `folder` is there and not empty, or when a write fails.
+    """
+    refuse_to_replace(folder)
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(temporary)
+        temporary.replace(folder)
+        sync_directory(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or "the write broke off"
+        raise UserError(f"could not write {folder}: {reason}{free_space(folder.parent)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raises: UserError when `path` is there already and anything but an empty folder."""
+    try:
+        there = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another") from None
+    if there:
+        raise UserError(f"{path} exists already; move it or name another")
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete what processes that were killed in the middle of `atomic_write` have left beside `path`."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    """Delete what processes that were killed in the middle of a write have left beside `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not is_running(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def is_running(pid: str) -> bool:

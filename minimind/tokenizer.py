@@ -34,6 +34,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minimind.bulk_encoding import LONGEST, bulk_encoder
+from minimind.chat_template import CHAT_TEMPLATE, compile_template, without_marks
 from minimind.errors import UserError
 from minimind.paths import TOKENIZER_DIR
 
@@ -58,6 +59,7 @@ class Tokenizer:
             fingerprint give the same ids for everything.
         token_bytes: the bytes each id stands for, indexed by id; `b""` for control tokens.
         path: the directory it was loaded from.
+        tokenizer_json, chat_template: the texts of its files; the template is "" when there is none.
     """
 
     pad_id, bos_id, eos_id = 0, 1, 2
@@ -67,6 +69,7 @@ class Tokenizer:
     ):
         self._source = (tokenizer_json, chat_template, template_variables, path)
         self.path = path
+        self.tokenizer_json = tokenizer_json
         self.chat_template = chat_template
         self._template_variables = template_variables
         # Two copies, because whether special tokens are recognised is a switch on the object: one for text
@@ -74,10 +77,14 @@ class Tokenizer:
         self._text_encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._text_encoder.encode_special_tokens = True  # "encode them as text", in this library's words
         self._template_encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
+        for encoder in (self._text_encoder, self._template_encoder):
+            encoder.no_truncation()  # transformers saves the last batch's settings along
+            encoder.no_padding()
 
         self.vocab_size = self._text_encoder.get_vocab_size()
         self.token_bytes = _token_bytes(self._text_encoder)
-        self.fingerprint = hashlib.sha256(f"{tokenizer_json}\0{chat_template}".encode()).hexdigest()
+        template = without_marks(chat_template)  # marks change no id
+        self.fingerprint = hashlib.sha256(f"{tokenizer_json}\0{template}".encode()).hexdigest()
         self._template = lru_cache(maxsize=1)(self._compile_template)
         self._chat_pieces = lru_cache(maxsize=4096)(self._encode_chat_pieces)
 
@@ -226,19 +233,11 @@ class Tokenizer:
         return pieces
 
     def _compile_template(self):
-        """The Jinja template in the sandbox, with the whitespace settings that transformers uses."""
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         if not self.chat_template:
             raise UserError(
                 f"{self.path} has no chat template: add a chat_template.jinja beside tokenizer.json"
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.globals["raise_exception"] = _refuse_messages
-        return environment.from_string(self.chat_template)
+        return compile_template(self.chat_template)
 
 
 class StreamDecoder:
@@ -321,13 +320,6 @@ def _split_at_placeholders(rendered: str) -> Iterator[tuple[str, int | None]]:
     return zip(parts[::2], [*indices, None], strict=True)
 
 
-def _refuse_messages(reason: str):
-    """`raise_exception` of chat templates."""
-    from jinja2 import TemplateError
-
-    raise TemplateError(reason)
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 # How text falls into words before BPE joins bytes; no token crosses a border between words. This is Qwen2's
@@ -343,15 +335,6 @@ WORD = (
 )
 MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + 256
 
-# ChatML. Jinja eats a newline after a block's end, hence the quoted ones.
-CHAT_TEMPLATE = """\
-{% for message in messages %}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{% if add_generation_prompt %}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 TRANSFORMERS_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": IM_START,

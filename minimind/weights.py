@@ -103,9 +103,20 @@ def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None
                     f"flags to fit the file, or make it anew with: {how_to_make}"
                 )
         config = expected
+    return fill_model(state, config, path)
+
+
+def fill_model(state: dict[str, Tensor], config: ModelConfig, path: Path) -> MiniMind:
+    """A model of the shape `config` with the weights in `state`, in fp32 on the CPU.
+
+    Raises: UserError, naming `path`, when they do not fit it or are not finite.
+    """
     # Files of the original also hold its rotation tables; they are computed here.
     state = {n: t.float() for n, t in state.items() if not n.endswith(("freqs_cos", "freqs_sin", "pos_cis"))}
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    if "model.embed_tokens.weight" in state:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    if len(state) < 9 * config.num_hidden_layers:  # before memory is taken for them
+        raise UserError(f"{path} lacks tensors of some of its {config.num_hidden_layers} layers; copy it again")
     model = MiniMind(config)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{path} holds weights that are not numbers: its training diverged; train it again")

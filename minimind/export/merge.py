@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.errors import UserError
-from minimind.export.options import ModelOptions
+from minimind.export.options import WeightOptions
 from minimind.flags import flag, parse_flags
-from minimind.stages import SCRIPTS
-from minimind.stages.lora import check_names
 
 
 @dataclass(frozen=True)
-class MergeOptions(ModelOptions):
+class MergeOptions(WeightOptions):
     lora_name: tuple[str, ...] = flag(("lora_medical",), "adapters to add, one name or several")
     from_weight: str = flag("full_sft", "stage whose weights they are added to")
     output_dir: Path | None = flag(None, "folder of the result; without it merged/ in out_dir")
-    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,34 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from: every command takes that folder as its --out_dir.
     """
     options = parse_flags(MergeOptions, argv, main.__doc__)
-    check_names(options.lora_name)
-    import torch
-
-    from minimind import lora
-    from minimind.files import atomic_write
-    from minimind.tokenizer import Tokenizer
-    from minimind.weights import check_tokenizer, load_model
-
-    tokenizer = Tokenizer.load(options.tokenizer_path)
-    config = options.config(tokenizer.vocab_size)
-    base = options.out_dir / f"{options.from_weight}_{config.name}.pth"
+    base = options.weights
     target = (options.output_dir or options.out_dir / "merged") / base.name
     if target.exists():
         raise UserError(f"{target} exists already; choose another --output_dir or move it")
-    script = SCRIPTS.get(options.from_weight)
-    model = load_model(
-        base, options.command(script) if script else f"a stage that writes {base.name}", config
-    )
-    check_tokenizer(base, tokenizer)
-    adapters = [options.adapter_path(name) for name in options.lora_name]
-    lora.load_adapters(model, adapters, options.command(SCRIPTS["lora"]), tokenizer)
-    lora.merge(model)
+    import torch
 
+    from minimind.files import atomic_write
+
+    model, tokenizer = options.load()
     # Kept in fp32: sums rounded to fp16 would move logits by more than 1e-5.
     atomic_write(target, lambda file: torch.save(model.state_dict(), file))
     run = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "merged": [str(path) for path in (base, *adapters)],
+        "merged": [str(path) for path in (base, *options.adapters)],
     }
     atomic_write(
         target.parent / "runs" / target.stem / "run.json",

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from minimind.config import PRESETS, ModelConfig, model_config
 from minimind.flags import flag
 from minimind.paths import OUT_DIR
+from minimind.stages import SCRIPTS
+from minimind.stages.lora import check_names
 
 if TYPE_CHECKING:
     from minimind.model import MiniMind
+    from minimind.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,42 @@ class ModelOptions:
         given = [f" --{name} {getattr(self, name)}" for name in flags if getattr(self, name) is not None]
         elsewhere = "" if self.out_dir == OUT_DIR else f" --out_dir {self.out_dir}"
         return f"python {script}{''.join(given)}{elsewhere}"
+
+
+@dataclass(frozen=True)
+class WeightOptions(ModelOptions):
+    """A stage's weights, with adapters added to them."""
+
+    from_weight: str = flag("full_sft", "stage whose weights to take")
+    lora_name: tuple[str, ...] = flag((), "adapters to add to them, one name or several")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+
+    def __post_init__(self) -> None:
+        check_names(self.lora_name)
+
+    @property
+    def weights(self) -> Path:
+        return self.out_dir / f"{self.from_weight}_{self.config().name}.pth"
+
+    @property
+    def adapters(self) -> list[Path]:
+        return [self.adapter_path(name) for name in self.lora_name]
+
+    def load(self) -> tuple[MiniMind, Tokenizer]:
+        """The model, in fp32 on the CPU with the adapters merged in, and its tokenizer.
+
+        Raises: UserError when a file is missing or damaged, or does not fit the flags or the tokenizer.
+        """
+        from minimind import lora
+        from minimind.tokenizer import Tokenizer
+        from minimind.weights import check_tokenizer, load_model
+
+        tokenizer = Tokenizer.load(self.tokenizer_path)
+        script = SCRIPTS.get(self.from_weight)
+        how_to_make = self.command(script) if script else f"a stage that writes {self.weights.name}"
+        model = load_model(self.weights, how_to_make, self.config(tokenizer.vocab_size))
+        check_tokenizer(self.weights, tokenizer)
+        if self.adapters:
+            lora.load_adapters(model, self.adapters, self.command(SCRIPTS["lora"]), tokenizer)
+            lora.merge(model)
+        return model, tokenizer
