@@ -41,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
     arguments = argument_parser().parse_args(argv)
-    if arguments.load == 1:
-        raise UserError("--load 1 (a transformers directory) is not part of this version yet; use --load 0")
+    folder = arguments.hf_dir
+    if arguments.load == 1 and folder is None:
+        raise UserError("--load 1 reads a transformers directory; name it with --hf_dir")
+    if folder and not folder.is_dir():
+        raise UserError(f"--hf_dir {folder} is no directory; `minimind export hf FOLDER` writes one")
     options = SamplingOptions(**{f.name: getattr(arguments, f.name) for f in fields(SamplingOptions)})
     stage = MODES[arguments.model_mode]
     adapters = adapter_names(arguments)
-    tokenizer = Tokenizer.load(arguments.tokenizer_path)
+    tokenizer = Tokenizer.load(arguments.tokenizer_path or folder)
     session = ChatSession(
         tokenizer,
         history_cnt=arguments.history_cnt,
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat=stage != "pretrain",
     )
     notes = sys.stderr if arguments.prompt else sys.stdout
-    path = find_weights(stage, arguments, notes)
+    path = folder.resolve() if folder else find_weights(stage, arguments, notes)
     model = load(path, adapters, arguments, tokenizer)
     name = " + ".join([path.name, *adapters])
     print(f"{name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}", file=notes)
@@ -92,7 +95,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--num_hidden_layers", type=int, help="refuse a model with another number of layers")
     add("--use_moe", type=boolean, nargs="?", const=True, help="mixture of experts, where out_dir has both")
     add("--lora_name", nargs="+", default=[], metavar="NAME", help="LoRA adapters to add, one or several")
-    add("--load", type=int, choices=(0, 1), default=0, help="0: a .pth file, 1: a transformers directory")
+    add("--load", type=int, choices=(0, 1), default=0, help="0: a .pth file, 1: --hf_dir")
+    add("--hf_dir", type=Path, help="transformers directory to load, as `minimind export hf` writes it")
     add("--tokenizer_path", type=Path, help="tokenizer directory, when it is not MiniMind's own")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--weights", choices=WEIGHTS, default="half", help="how they are held in memory (%(default)s)")
@@ -169,7 +173,7 @@ def find_weights(stage: str, arguments: argparse.Namespace, notes: TextIO) -> Pa
 
 
 def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokenizer: Tokenizer) -> MiniMind:
-    """The model in `path` with its adapters, ready to answer on the device asked for.
+    """The model in `path`, a weight file or a transformers directory, with its adapters, ready to answer.
 
     Raises: UserError when there is no such device, a file is missing or damaged, or does not fit the
         model, the flags or the tokenizer.
@@ -179,7 +183,12 @@ def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokeniz
 
     device = choose_device(arguments.device)
     asked, out_dir = asked_shape(arguments), arguments.out_dir
-    model = load_model(path, command(SCRIPTS[MODES[arguments.model_mode]], asked, out_dir))
+    if path.is_dir():
+        from minimind.export.folder import read_folder
+
+        model = read_folder(path)
+    else:
+        model = load_model(path, command(SCRIPTS[MODES[arguments.model_mode]], asked, out_dir))
     config = model.config
     shape = shape_of(config)
     if config.vocab_size != tokenizer.vocab_size:
@@ -187,7 +196,8 @@ def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokeniz
             f"{path} was trained with a vocabulary of {config.vocab_size}, but the tokenizer in "
             f"{tokenizer.path} has {tokenizer.vocab_size}; name the right one with --tokenizer_path"
         )
-    check_tokenizer(path, tokenizer)
+    if path.is_file():
+        check_tokenizer(path, tokenizer)
     if arguments.max_seq_len > config.max_position_embeddings:
         raise UserError(
             f"--max_seq_len {arguments.max_seq_len} is more than the {config.max_position_embeddings} "

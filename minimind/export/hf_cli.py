@@ -45,8 +45,7 @@ def export(argv: Sequence[str] | None = None) -> int:
     architecture = transformers_config(model.config)["architectures"][0]
     text = card(model, tokenizer, options.dtype, options.weights, options.adapters, architecture)
     write_folder(options.folder, model, tokenizer, options.dtype, text)
-    names = " with ".join([options.weights.name, *options.lora_name])
-    print(f"{options.folder}: {names} as {architecture}, {options.dtype}")
+    print(f"{options.folder}: {options.title} as {architecture}, {options.dtype}")
     return 0
 
 
@@ -82,5 +81,7 @@ def import_pth(argv: Sequence[str] | None = None) -> int:
     from minimind.export.incoming import keep
     from minimind.weights import load_model
 
+    if not options.source.is_file():
+        raise UserError(f"there is no {options.source}; name a .pth file")
     model = load_model(options.source, "the program that it comes from")
     return keep(model, options.source.parent, options)

@@ -145,6 +145,10 @@ def minimind_config(found: dict[str, Any], source: Path) -> ModelConfig:
     Raises: UserError that names what is missing, or what our architecture does not have.
     """
     kind = found.get("model_type")
+    if kind == "minimind":
+        raise UserError(
+            f"{source} is of MiniMind2's own format; import its weight file alone: minimind import pth FILE"
+        )
     if kind not in ("llama", "granitemoeshared"):
         raise UserError(
             f"{source} describes a model of type {kind!r}; MiniMind is a llama or, as a mixture of experts, "
@@ -153,6 +157,9 @@ def minimind_config(found: dict[str, Any], source: Path) -> ModelConfig:
     for name in SIZES + (GRANITE_SIZES if kind == "granitemoeshared" else ()):
         if type(found.get(name)) is not int or not 0 < found[name] < 2**24:
             raise UserError(f"{source} is damaged: its {name} is {found.get(name)!r}, and should be a size")
+    positions = found.get("max_position_embeddings", 2048)
+    if type(positions) is not int or not 0 < positions < 2**24:
+        raise UserError(f"{source} is damaged: its max_position_embeddings is {positions!r}")
     heads, width = found["num_attention_heads"], found["hidden_size"]
     strange = [] if heads % 2 == 0 and width % (2 * heads) == 0 else [f"hidden_size {width} in {heads} heads"]
     if not strange:
@@ -161,6 +168,7 @@ def minimind_config(found: dict[str, Any], source: Path) -> ModelConfig:
             hidden_size=width,
             num_hidden_layers=found["num_hidden_layers"],
             num_attention_heads=heads,
+            max_position_embeddings=positions,
             num_experts=found["num_local_experts"] if kind == "granitemoeshared" else 0,
         )
         if config.num_experts:

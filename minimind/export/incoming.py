@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from minimind.errors import UserError
 from minimind.export.folder import tokenizer_files
-from minimind.files import atomic_write, refuse_to_replace
+from minimind.files import atomic_write
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minimind.export.hf_cli import ImportOptions
-
-# What any of our models has seen the like of.
-ORDINARY = (
-    "今天天气很好，我们去公园散步，回来的时候买了一些水果。",
-    "人工智能是计算机科学的一个分支，它研究怎样让机器完成需要智能的工作。",
-    "The weather is fine today, so we went for a walk in the park and bought some fruit.",
-)
-
 
 def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     """Write `model`, read from `folder`, to out_dir, and tell how to use it. Returns the exit code 0.
@@ -33,7 +23,8 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     Raises: UserError when there are weights of that name, or the tokenizer is not of its size.
     """
     target = options.out_dir / f"{options.stage}_{model.config.name}.pth"
-    refuse_to_replace(target)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --stage or --out_dir, or move it")
     tokenizer = tokenizer_of(folder, options.tokenizer_path)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -54,13 +45,10 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
 
     print(f"{target}: {model.num_parameters / 1e6:.2f} M parameters from {options.source}")
     if not shipped:
-        print(f"with a tokenizer of its own: give every command --tokenizer_path {tokenizer.path}")
-    nats, guessing = nats_per_token(model, tokenizer), math.log(tokenizer.vocab_size)
-    if nats > guessing:
-        print(
-            f"warning: on ordinary sentences it does worse ({nats:.1f} nats a token) than guessing "
-            f"({guessing:.1f}); was it trained with another tokenizer? Import it again with --tokenizer_path"
-        )
+        print(f"it has a tokenizer of its own: give every command --tokenizer_path {tokenizer.path}")
+    elif not (folder / "tokenizer.json").is_file() and not options.tokenizer_path:
+        print("no tokenizer came with it, so it counts as one of the shipped; was it another, as MiniMind2's,")
+        print(f"delete {target} and import again with --tokenizer_path")
     return 0
 
 
@@ -88,16 +76,6 @@ def exact_dtype(model: MiniMind) -> torch.dtype:
     """fp16, as our weight files are, unless that would round a number."""
     exact = all(torch.equal(p.half().float(), p) for p in model.parameters())
     return torch.float16 if exact else torch.float32
-
-
-@torch.inference_mode()
-def nats_per_token(model: MiniMind, tokenizer: Tokenizer) -> float:
-    """Mean loss on a few sentences; a model that reads foreign ids is sure of the wrong ones."""
-    losses = []
-    for text in ORDINARY:
-        ids = torch.tensor([tokenizer.encode_document(text)])
-        losses.append(F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="none"))
-    return torch.cat(losses).mean().item()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -68,6 +68,11 @@ class WeightOptions(ModelOptions):
         return self.out_dir / f"{self.from_weight}_{self.config().name}.pth"
 
     @property
+    def title(self) -> str:
+        """What the model is called in the programs it goes to."""
+        return " + ".join([f"MiniMind {self.weights.stem}", *self.lora_name])
+
+    @property
     def adapters(self) -> list[Path]:
         return [self.adapter_path(name) for name in self.lora_name]
 
