@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench faults clean
+.PHONY: help demo test lint bench faults llamacpp clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ —/'
@@ -25,8 +25,11 @@ bench: .venv/ready-dev  ## speed: training beside the original's recipe, stages 
 faults: .venv/ready-dev  ## kill, stop, starve and damage small trainings, and compare what comes out (about a quarter of an hour)
 	$(BIN)/python -m faults
 
-clean:           ## remove the virtual environment (weights and data stay)
-	rm -rf .venv
+llamacpp:        ## install llama.cpp (npm's node-llama-cpp, for the CPU) for the tests of GGUF files, which skip without it
+	cd tests/llama_cpp && npm install --omit=optional --ignore-scripts --no-audit --no-fund
+
+clean:           ## remove what make has installed (weights and data stay)
+	rm -rf .venv tests/llama_cpp/node_modules
 
 # Exactly the versions of constraints.txt, so that a machine gets today what it got when they were tested.
 .venv/ready: pyproject.toml constraints.txt

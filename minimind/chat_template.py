@@ -1,8 +1,8 @@
 """Chat templates: ChatML, which every tokenizer of ours has, and the marks around answers.
 
-`{% generation %}` … `{% endgeneration %}` encloses what an assistant writes. transformers turns the marks into
-`assistant_masks`, by which TRL and others know the tokens to train on; they are those of our own mask (see
-`tokenizer.py`). Here, and in programs that do not know these tags, templates run without them.
+`{% generation %}` … `{% endgeneration %}` encloses what an assistant writes. transformers turns these marks
+into `assistant_masks`, by which TRL and others know the tokens to train on; they are those of our own mask
+(see `tokenizer.py`). Here, and in programs that do not know these tags, templates run without them.
 """
 
 from __future__ import annotations

@@ -116,7 +116,8 @@ def fill_model(state: dict[str, Tensor], config: ModelConfig, path: Path) -> Min
     if "model.embed_tokens.weight" in state:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     if len(state) < 9 * config.num_hidden_layers:  # before memory is taken for them
-        raise UserError(f"{path} lacks tensors of some of its {config.num_hidden_layers} layers; copy it again")
+        layers = config.num_hidden_layers
+        raise UserError(f"{path} lacks tensors of some of its {layers} layers; copy it again")
     model = MiniMind(config)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{path} holds weights that are not numbers: its training diverged; train it again")

@@ -23,7 +23,8 @@ tags:
 
 # {title}
 
-用 MiniMind 从零训练的中英文小语言模型。A small Chinese/English language model, trained from zero with MiniMind.
+用 MiniMind 从零训练的中英文小语言模型。
+A small Chinese/English language model, trained from zero with MiniMind.
 
 | | |
 |---|---|
@@ -47,8 +48,8 @@ No code of its own is needed, and no `trust_remote_code`. `vllm serve FOLDER` se
 ## 许可 · License
 
 MiniMind 与这里的文件以 Apache-2.0 发布。模型是从训练数据里学来的：公开之前请确认数据的许可允许。
-MiniMind and the files here are under Apache-2.0. What the model knows comes from its training data: see that its
-terms allow it before you publish.
+MiniMind and the files here are under Apache-2.0. What the model knows comes from its training data: see that
+its terms allow it before you publish.
 """
 CHAT = """\
 messages = [{"role": "user", "content": "你好"}]
@@ -78,8 +79,8 @@ def card(
         "tokenizer fingerprint": f"`{tokenizer.fingerprint}`",
     }
     if config.num_experts:
-        shared = config.num_shared_experts
-        rows["experts"] = f"{config.num_experts}, {config.num_experts_per_tok} for each token, {shared} shared"
+        chosen, shared = config.num_experts_per_tok, config.num_shared_experts
+        rows["experts"] = f"{config.num_experts}, {chosen} for each token, and {shared} shared"
     if adapters:
         rows["adapters merged in"] = ", ".join(f"`{path.name}`" for path in adapters)
     for name, key in (

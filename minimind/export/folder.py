@@ -108,12 +108,11 @@ def read_folder(folder: Path) -> MiniMind:
     found = read_json(folder / CONFIG, "name a folder that save_pretrained or `minimind export hf` wrote")
     config = minimind_config(found, folder / CONFIG)
     tensors = read_tensors(folder)
-    embedding, head = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    if not found.get("tie_word_embeddings"):
-        if head is None or embedding is None or not torch.equal(head, embedding):
-            raise UserError(
-                f"{folder / CONFIG} describes a model that MiniMind cannot express: its embeddings are not tied"
-            )
+    head = tensors.pop("lm_head.weight", None)
+    embedding = tensors.get("model.embed_tokens.weight")
+    same = head is not None and embedding is not None and torch.equal(head, embedding)
+    if not (found.get("tie_word_embeddings") or same):
+        raise UserError(f"{folder} holds a model that MiniMind cannot express: its embeddings are not tied")
     return fill_model(minimind_state_dict(tensors, config), config, folder)
 
 

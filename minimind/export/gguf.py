@@ -40,7 +40,8 @@ PROJECTIONS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_d
 def write_gguf(path: Path, model: MiniMind, tokenizer: Tokenizer, dtype: str, name: str) -> None:
     """Write `path` as a whole or not at all.
 
-    Args: dtype: f32, f16 or q8_0, of matrices: norms and routers are small and stay in fp32; name: the model's.
+    Args: dtype: f32, f16 or q8_0, of matrices: norms and routers are small and stay in fp32; name: what
+        programs call the model.
     Raises: UserError when the gguf package is missing, the tokenizer is one that llama.cpp does not know, or
         the file cannot be written.
     """

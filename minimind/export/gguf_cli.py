@@ -56,5 +56,6 @@ def export_ollama(argv: Sequence[str] | None = None) -> int:
 
     model, tokenizer = options.load()
     write_ollama(options.folder, model, tokenizer, options.dtype, options.title)
-    print(f"{options.folder}: {options.title}, {options.dtype}; ollama create minimind -f {options.folder}/Modelfile")
+    print(f"{options.folder}: {options.title}, {options.dtype}")
+    print(f"ollama create minimind -f {options.folder}/Modelfile")
     return 0

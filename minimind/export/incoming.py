@@ -17,21 +17,22 @@ from minimind.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from minimind.export.hf_cli import ImportOptions
 
+
 def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     """Write `model`, read from `folder`, to out_dir, and tell how to use it. Returns the exit code 0.
 
     Raises: UserError when there are weights of that name, or the tokenizer is not of its size.
     """
     target = options.out_dir / f"{options.stage}_{model.config.name}.pth"
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another --stage or --out_dir, or move it")
+    run_dir = target.parent / "runs" / target.stem
+    if target.exists() or (run_dir / "checkpoints").exists():
+        raise UserError(f"{target} or its run exists already; choose another --stage or --out_dir")
     tokenizer = tokenizer_of(folder, options.tokenizer_path)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{options.source} has a vocabulary of {model.config.vocab_size}, but the tokenizer in "
             f"{tokenizer.path} has {tokenizer.vocab_size}; name the right one with --tokenizer_path"
         )
-    run_dir = target.parent / "runs" / target.stem
     shipped = tokenizer.fingerprint == Tokenizer.load().fingerprint
     if not shipped:
         for name, text in tokenizer_files(tokenizer).items():
@@ -39,7 +40,8 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
         tokenizer = Tokenizer.load(run_dir / "tokenizer")
     run = {"tokenizer_fingerprint": tokenizer.fingerprint, "imported": str(options.source)}
     write_text(run_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
-    state = {name: tensor.to(exact_dtype(model)) for name, tensor in model.state_dict().items()}
+    dtype = exact_dtype(model)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: stored once
     atomic_write(target, lambda file: torch.save(state, file))
 
@@ -47,8 +49,8 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     if not shipped:
         print(f"it has a tokenizer of its own: give every command --tokenizer_path {tokenizer.path}")
     elif not (folder / "tokenizer.json").is_file() and not options.tokenizer_path:
-        print("no tokenizer came with it, so it counts as one of the shipped; was it another, as MiniMind2's,")
-        print(f"delete {target} and import again with --tokenizer_path")
+        print("no tokenizer came with it, so it counts as trained with the shipped one; MiniMind2's weights")
+        print(f"were not: delete {target} and import them again with --tokenizer_path")
     return 0
 
 
@@ -65,7 +67,7 @@ def tokenizer_of(folder: Path, named: Path | None) -> Tokenizer:
 
 
 def meaning(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides about ids: all of tokenizer.json but how batches are cut and filled, and the chat format."""
+    """What decides about ids: tokenizer.json, but for how batches are cut and filled, and the chat format."""
     content = json.loads(tokenizer.tokenizer_json)
     probe = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
     template = tokenizer.render_chat(probe, True) if tokenizer.chat_template else ""

@@ -1,4 +1,4 @@
-"""A folder that `ollama create` takes: the model as a GGUF file, and a Modelfile that says how to talk to it."""
+"""A folder for `ollama create`: the model as a GGUF file, and a Modelfile that says how to talk to it."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ def default_system(tokenizer: Tokenizer) -> str:
     Raises: UserError for a template that is not ChatML.
     """
     rendered = tokenizer.render_chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    turn = f"{IM_START}user\n?{IM_END}\n{IM_START}assistant\n"
-    before = re.fullmatch(rf"(?s)({re.escape(IM_START)}system\n(.*){re.escape(IM_END)}\n)?", rendered[: -len(turn)])
-    if not rendered.endswith(turn) or not before:
-        raise UserError(f"the chat template in {tokenizer.path} is not ChatML, the one that ollama is told of")
-    return before[2] or ""
+    turn = re.escape(f"{IM_START}user\n?{IM_END}\n{IM_START}assistant\n")
+    chatml = re.fullmatch(rf"(?s)({re.escape(IM_START)}system\n(.*){re.escape(IM_END)}\n)?{turn}", rendered)
+    if not chatml:
+        raise UserError(
+            f"ollama can be told of ChatML alone, and the chat template in {tokenizer.path} is not"
+        )
+    return chatml[2] or ""

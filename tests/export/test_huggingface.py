@@ -1,0 +1,457 @@
+"""Folders in Hugging Face's format, against transformers: out, back in, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import logits
+from test_model import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from minimind.chat import cli as chat
+from minimind.chat.generate import generate
+from minimind.chat.inference import InferenceModel
+from minimind.chat.options import SamplingOptions
+from minimind.errors import UserError
+from minimind.export import folder as module
+from minimind.export.huggingface import minimind_config, minimind_state_dict, transformers_state_dict
+from minimind.lora import load_adapters
+from minimind.paths import ROOT, TOKENIZER_DIR
+from minimind.tokenizer import Tokenizer
+from minimind.weights import load_model, load_state
+
+from .conftest import CONFIGS, DENSE, KNOWN, SIZE, shape
+
+GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=40)
+
+
+def load_peer(folder):
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+# ---- Out ----
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("dense", "Llama"), ("moe", "GraniteMoeShared")])
+def test_transformers_computes_the_same_without_code_of_ours(kind, architecture, out, minimind, tmp_path):
+    config = CONFIGS[kind]
+    assert minimind("export hf", tmp_path / "hf", *shape(config)) == 0
+    theirs, _ = load_peer(tmp_path / "hf")
+    ours = load_model(out / f"full_sft_{config.name}.pth", "")
+    assert type(theirs).__name__ == f"{architecture}ForCausalLM"
+    assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [type(theirs).__name__]
+    assert theirs.dtype == torch.float32
+    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-5
+    assert not list((tmp_path / "hf").glob("*.py"))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_transformers_writes_the_same_answers(kind, out, minimind, tmp_path):
+    config = CONFIGS[kind]
+    minimind("export hf", tmp_path / "hf", *shape(config), "--from_weight", "rlhf")
+    theirs, tokenizer = load_peer(tmp_path / "hf")
+    ours = InferenceModel(load_model(out / f"rlhf_{config.name}.pth", ""), "fp32")
+    for question, expected in KNOWN.items():
+        messages = [{"role": "user", "content": question}]
+        ids = Tokenizer.load().encode_chat(messages, add_generation_prompt=True)[0]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert inputs["input_ids"].tolist() == [ids]
+        answer = theirs.generate(**inputs, do_sample=False, max_new_tokens=40)[0, len(ids) :].tolist()
+        assert answer[-1] == tokenizer.eos_token_id == 2
+        assert answer[:-1] == list(generate(ours, ids, GREEDY))
+        assert tokenizer.decode(answer, skip_special_tokens=True) == expected
+
+
+def test_transformers_stops_where_our_chat_does(minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    theirs, _ = load_peer(tmp_path / "hf")
+    settings = theirs.generation_config
+    assert (settings.eos_token_id, settings.pad_token_id) == ([2, 0], 0)
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.85, 0.85, 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_the_rounded_weights(dtype, out, minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *SIZE, "--dtype", dtype)
+    theirs, _ = load_peer(tmp_path / "hf")
+    assert theirs.dtype == getattr(torch, dtype)
+    ours = load_model(out / "full_sft_64.pth", "").to(theirs.dtype).state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
+
+
+def test_numbers_too_large_for_a_format_are_refused(out, minimind, tmp_path):
+    model = random_model(DENSE)
+    model.model.norm.weight.data[3] = 1e5
+    torch.save(model.state_dict(), out / "full_sft_64.pth")
+    with pytest.raises(UserError, match=r"float16 cannot hold a number in model\.norm\.weight; choose"):
+        minimind("export hf", tmp_path / "hf", *SIZE, "--dtype", "float16")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_adapters_are_merged_in(out, minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *SIZE, "--lora_name", "mine")
+    ours = load_model(out / "full_sft_64.pth", "")
+    plain = logits(ours)
+    load_adapters(ours, [out / "lora" / "mine_64.pth"], "")
+    assert (logits(ours) - logits(load_peer(tmp_path / "hf")[0])).abs().max() <= 1e-5
+    assert (logits(ours) - plain).abs().max() > 0.1
+    assert "adapters merged in | `mine_64.pth`" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_transformers_4_finds_its_names(minimind, tmp_path):
+    """It knows no `rope_parameters`, and would turn by 10,000 in silence."""
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+
+
+def test_the_card_says_what_the_run_knows(out, minimind, tmp_path):
+    minimind("export hf", tmp_path / "bare", *SIZE)
+    bare = (tmp_path / "bare/README.md").read_text()
+    assert "| parameters | 0.52 M |" in bare
+    assert "SHA-256" not in bare
+    run_file = out / "runs/full_sft_64/run.json"
+    run_file.parent.mkdir(parents=True)
+    run = {
+        "stage": "full_sft",
+        "data_sha256": "abc123",
+        "total_steps": 77,
+        "options": {"data_path": "/home/me"},
+    }
+    run_file.write_text(json.dumps(run))
+    minimind("export hf", tmp_path / "told", *SIZE)
+    told = (tmp_path / "told/README.md").read_text()
+    for row in (
+        "| stage | `full_sft` |",
+        "| SHA-256 of the training data | `abc123` |",
+        "| optimizer steps | `77` |",
+    ):
+        assert row in told
+    assert "/home/me" not in told
+    assert "license: apache-2.0" in told
+    for broken in ("[1]", "{", '{"stage": {"a": 1}}'):
+        run_file.write_text(broken)
+        minimind("export hf", tmp_path / f"broken{len(broken)}", *SIZE)
+
+
+@pytest.mark.parametrize("stage", ["rlhf", "pretrain"])
+def test_the_example_on_the_card_runs(stage, out, minimind, tmp_path):
+    (out / "rlhf_64.pth").rename(out / f"{stage}_64.pth")
+    minimind("export hf", tmp_path / "hf", *SIZE, "--from_weight", stage)
+    example = (tmp_path / "hf/README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path / "hf", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip()
+
+
+# ---- Never half, never over something ----
+
+
+def test_nothing_is_overwritten(minimind, tmp_path):
+    (tmp_path / "hf").mkdir()
+    assert minimind("export hf", tmp_path / "hf", *SIZE) == 0  # an empty folder is no loss
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    with pytest.raises(UserError, match="hf exists already; move it or name another"):
+        minimind("export hf", tmp_path / "hf", *SIZE)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    with pytest.raises(UserError, match="name the folder to write"):
+        minimind("export hf", *SIZE)
+
+
+def test_a_write_that_fails_leaves_nothing(minimind, tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(UserError, match=r"could not write .*hf: No space left on device; [\d,]+ MB are free"):
+        minimind("export hf", tmp_path / "hf", *SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(minimind, tmp_path):
+    script = (
+        "import os, signal; from pathlib import Path; from minimind.files import atomic_folder\n"
+        f"with atomic_folder(Path({str(tmp_path / 'hf')!r})) as folder:\n"
+        "    (folder / 'half').write_text('…'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert [path.name[:4] for path in tmp_path.iterdir() if path.name != "out"] == [".hf."]
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "hf"}
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1  # all may read all
+
+
+# ---- Back in ----
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_comes_back_as_it_was(kind, out, minimind, tmp_path):
+    config = CONFIGS[kind]
+    weights = out / f"full_sft_{config.name}.pth"
+    minimind("export hf", tmp_path / "hf", *shape(config))
+    before = load_state(weights, "")
+    weights.unlink()
+    assert minimind("import hf", tmp_path / "hf") == 0
+    after = load_state(weights, "")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (
+        weights.stat().st_size
+        < 1.02 * sum(t.nbytes for n, t in before.items() if n != "lm_head.weight") + 2e5
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_transformers_saves_comes_back(kind, out, minimind, tmp_path):
+    """In several files, in bf16, with a tokenizer that has been used."""
+    config = CONFIGS[kind]
+    minimind("export hf", tmp_path / "hf", *shape(config))
+    theirs, tokenizer = load_peer(tmp_path / "hf")
+    tokenizer(["你好", "a longer text"], padding=True, truncation=True, max_length=3)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    assert minimind("import hf", tmp_path / "saved", "--stage", "reason") == 0
+    ours = load_model(out / f"reason_{config.name}.pth", "")
+    assert (logits(ours) - logits(theirs.float())).abs().max() <= 1e-5
+    run = json.loads((out / f"runs/reason_{config.name}/run.json").read_text())
+    assert run["tokenizer_fingerprint"] == Tokenizer.load().fingerprint  # still the shipped one
+    assert run["imported"] == str(tmp_path / "saved")
+
+
+def test_two_shared_experts_come_back():
+    config = replace(CONFIGS["moe"], num_shared_experts=2)
+    before = random_model(config).state_dict()
+    after = minimind_state_dict(transformers_state_dict(before, config), config)
+    assert after.keys() | {"lm_head.weight"} == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_another_tokenizer_comes_along(out, minimind, tmp_path, capsys):
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    text = (tmp_path / "hf/tokenizer.json").read_text().replace('"你好"', '"你不好"')
+    vocabulary = json.loads(text)
+    vocabulary["model"]["merges"][-1], vocabulary["model"]["merges"][-2] = vocabulary["model"]["merges"][-2:]
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(vocabulary))
+    minimind("import hf", tmp_path / "hf", "--stage", "reason")
+    kept = out / "runs/reason_64/tokenizer"
+    assert f"give every command --tokenizer_path {kept}" in capsys.readouterr().out
+    arguments = ["--out_dir", str(out), "--model_mode", "3", "--prompt", "a", "--max_new_tokens", "2"]
+    with pytest.raises(UserError, match="another tokenizer"):
+        chat.main(arguments)
+    assert chat.main([*arguments, "--tokenizer_path", str(kept)]) == 0
+
+
+def test_weights_and_runs_are_not_overwritten(out, minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    with pytest.raises(
+        UserError, match=r"full_sft_64\.pth or its run exists already; choose another --stage"
+    ):
+        minimind("import hf", tmp_path / "hf")
+    (out / "runs/reason_64/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="or its run exists already"):
+        minimind("import hf", tmp_path / "hf", "--stage", "reason")
+
+
+@pytest.fixture
+def exported(minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    return tmp_path / "hf"
+
+
+def change(folder, **settings) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "mistral"}, "a model of type 'mistral'; MiniMind is a llama"),
+        ({"model_type": "minimind"}, "MiniMind2's own format; import its weight file alone"),
+        ({"model_type": None}, "a model of type None"),
+        ({"num_key_value_heads": 8}, "cannot express: num_key_value_heads 8 instead of 2"),
+        ({"num_key_value_heads": None}, "num_key_value_heads 8 instead of 2"),
+        ({"num_attention_heads": 3}, "cannot express: hidden_size 64 in 3 heads"),
+        ({"intermediate_size": 160}, "intermediate_size 160 instead of 192"),
+        ({"head_dim": 16}, "head_dim 16 instead of 8"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' instead of 'silu'"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias True instead of False, mlp_bias True"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06 instead of 1e-05"),
+        ({"rms_norm_eps": None}, "rms_norm_eps 1e-06 instead of 1e-05"),
+        ({"rope_parameters": None, "rope_theta": None}, "rope_theta 10000.0 instead of 1000000.0"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_type 'llama3' instead of"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type 'linear' instead of"),
+        ({"rope_parameters": 3}, "rope_type 3 instead of"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config 'set' instead of None"),
+        ({"vocab_size": "6400"}, "damaged: its vocab_size is '6400', and should be a size"),
+        ({"hidden_size": True}, "damaged: its hidden_size is True"),
+        ({"num_hidden_layers": 10**9}, "damaged: its num_hidden_layers"),
+        ({"num_hidden_layers": 10**6}, "lacks tensors of some of its 1000000 layers"),
+        ({"num_hidden_layers": 1}, "does not fit a model of this shape: Unexpected key"),
+        ({"max_position_embeddings": -1}, "damaged: its max_position_embeddings is -1"),
+        ({"vocab_size": 6401}, "does not fit a model of this shape: size mismatch"),
+    ],
+)
+def test_a_model_that_minimind_cannot_express_is_refused(settings, message, exported, minimind):
+    change(exported, **settings)
+    with pytest.raises(UserError, match=message) as raised:
+        minimind("import hf", exported, "--stage", "reason")
+    assert str(exported) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_local_experts": 1}, "num_local_experts 1"),
+        ({"num_experts_per_tok": 3}, "num_experts_per_tok 3 instead of 2"),
+        ({"shared_intermediate_size": 200}, "shared_intermediate_size 200 instead of 192"),
+        ({"shared_intermediate_size": 0}, "damaged: its shared_intermediate_size is 0"),
+        (
+            {"residual_multiplier": 0.2, "logits_scaling": 6.0},
+            "logits_scaling 6.0 instead of 1.0, residual_mul",
+        ),
+        ({"attention_multiplier": None}, r"attention_multiplier 1\.0 instead of 0\.35"),
+    ],
+)
+def test_a_granite_that_minimind_cannot_express_is_refused(settings, message, minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *shape(CONFIGS["moe"]))
+    change(tmp_path / "hf", **settings)
+    with pytest.raises(UserError, match=message):
+        minimind("import hf", tmp_path / "hf", "--stage", "reason")
+
+
+def test_models_of_others_are_refused_or_read_as_they_are(minimind, out, exported, tmp_path):
+    """Configurations that transformers itself writes, most settings left to its defaults."""
+    sizes = {"vocab_size": 6400, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 8}
+    fitting = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 1e6}}
+    for config, message in (
+        (GPT2Config(), "a model of type 'gpt2'"),
+        (LlamaConfig(), "intermediate_size 11008 instead of 10944.*num_key_value_heads 32 instead of 2"),
+        (LlamaConfig(**sizes), "num_key_value_heads 8"),
+    ):
+        config.save_pretrained(tmp_path / "other")
+        with pytest.raises(UserError, match=message):
+            minimind("import hf", tmp_path / "other")
+    for tied, name in ((True, "tied"), (False, "untied")):
+        config = LlamaConfig(**sizes, **fitting, num_hidden_layers=1, tie_word_embeddings=tied)
+        assert minimind_config(json.loads(config.to_json_string()), tmp_path).num_hidden_layers == 1
+        theirs = LlamaForCausalLM(config)
+        theirs.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(TOKENIZER_DIR).save_pretrained(tmp_path / name)
+        if not tied:
+            with pytest.raises(UserError, match="cannot express: its embeddings are not tied"):
+                minimind("import hf", tmp_path / name, "--stage", "reason")
+            theirs.lm_head.weight = torch.nn.Parameter(theirs.model.embed_tokens.weight.clone())
+            theirs.save_pretrained(tmp_path / name)
+        (out / "reason_64.pth").unlink(missing_ok=True)
+        minimind("import hf", tmp_path / name, "--stage", "reason")
+        assert (logits(load_model(out / "reason_64.pth", "")) - logits(theirs)).abs().max() <= 1e-5
+
+
+def test_folders_that_are_damaged(exported, minimind):
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            minimind("import hf", exported, "--stage", "reason")
+
+    tensors = load_file(exported / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "k_proj" not in n}, exported / "model.safetensors")
+    refused("lacks tensors|does not fit a model of this shape: Missing key")
+    save_file(tensors | {"model.norm.weight": torch.full((64,), torch.nan)}, exported / "model.safetensors")
+    refused("weights that are not numbers")
+    (exported / "model.safetensors").write_bytes(b"half")
+    refused(r"model\.safetensors is damaged; copy it again")
+    (exported / "model.safetensors").unlink()
+    (exported / "pytorch_model.bin").touch()
+    refused(r"no .*model\.safetensors; pytorch_model\.bin is a pickle, which can run code, and is not read")
+    index = exported / "model.safetensors.index.json"
+    for places in ({"a": "../../etc/passwd"}, {"a": 3}, {"a": "/x.safetensors"}, []):
+        index.write_text(json.dumps({"weight_map": places}))
+        refused(r"index\.json is damaged")
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    refused(r"there is no .*model-00001-of-00002\.safetensors")
+    for text in ("{", "[]", "\udc80"):
+        (exported / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        refused(r"config\.json is damaged; copy it again")
+    (exported / "config.json").unlink()
+    refused(r"there is no .*config\.json; name a folder that")
+
+
+# ---- Weight files from elsewhere ----
+
+
+def test_a_published_weight_file_comes_in(out, minimind, tmp_path, capsys):
+    """As MiniMind2 published them: fp16, with its rotation tables in it."""
+    state = load_state(out / "full_sft_64.pth", "")
+    tables = {"model.freqs_cos": torch.rand(64, 8), "model.freqs_sin": torch.rand(64, 8)}
+    torch.save(state | tables, tmp_path / "full_sft_64.pth")
+    assert minimind("import pth", tmp_path / "full_sft_64.pth", "--stage", "full_dist") == 0
+    after = load_state(out / "full_dist_64.pth", "")
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    assert "no tokenizer came with it" in capsys.readouterr().out
+
+
+def test_weight_files_that_cannot_come_in(minimind, tmp_path):
+    for content, message in (
+        (b"", "is damaged"),
+        ({"model": 3}, "no state dict of tensors"),
+        ({"tok_embeddings.weight": torch.zeros(4, 4)}, "holds no MiniMind model"),
+    ):
+        if isinstance(content, bytes):
+            (tmp_path / "x.pth").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=message):
+            minimind("import pth", tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"there is no .*nowhere\.pth"):
+        minimind("import pth", tmp_path / "nowhere.pth")
+    for command, what in (("import pth", "file"), ("import hf", "folder")):
+        with pytest.raises(UserError, match=f"name the {what} to read"):
+            minimind(command)
+
+
+# ---- Chat ----
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_eval_model_chats_with_a_folder(kind, out, minimind, tmp_path, capsys):
+    config = CONFIGS[kind]
+    minimind("export hf", tmp_path / "hf", *shape(config), "--from_weight", "rlhf")
+    capsys.readouterr()
+    questions = [word for question in KNOWN for word in ("--prompt", question)]
+    greedy = ["--temperature", "0", "--repetition_penalty", "1", "--weights", "fp32", "--device", "cpu"]
+    for load in (["--load", "1"], []):
+        assert chat.main([*load, "--hf_dir", str(tmp_path / "hf"), *greedy, *questions]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == "".join(f"{answer}\n" for answer in KNOWN.values())
+        assert printed.err.startswith("hf, ")
+
+
+def test_eval_model_says_what_is_wrong_with_a_folder(tmp_path):
+    with pytest.raises(UserError, match="--load 1 reads a transformers directory; name it with --hf_dir"):
+        chat.main(["--load", "1", "--prompt", "a"])
+    with pytest.raises(UserError, match=r"nowhere is no directory; `minimind export hf FOLDER` writes one"):
+        chat.main(["--hf_dir", str(tmp_path / "nowhere"), "--prompt", "a"])
+
+
+@pytest.mark.parametrize("name", ["export hf", "import hf", "import pth", "export gguf", "export ollama"])
+def test_help_does_not_wait_for_torch(name):
+    command = [sys.executable, "-X", "importtime", "-m", "minimind", *name.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"usage: minimind {name}" in done.stdout
+    assert " torch" not in done.stderr
