@@ -67,11 +67,11 @@ def tokenizer_of(folder: Path, named: Path | None) -> Tokenizer:
 
 
 def meaning(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides about ids: tokenizer.json, but for how batches are cut and filled, and the chat format."""
-    content = json.loads(tokenizer.tokenizer_json)
+    """What decides about ids here: tokenizer.json without what is done around a text, and the chat format."""
+    around = dict.fromkeys(("truncation", "padding", "post_processor"))
     probe = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-    template = tokenizer.render_chat(probe, True) if tokenizer.chat_template else ""
-    return content | {"truncation": None, "padding": None, "chat": template}
+    chat = tokenizer.render_chat(probe, True) if tokenizer.chat_template else ""
+    return json.loads(tokenizer.tokenizer_json) | around | {"chat": chat}
 
 
 def exact_dtype(model: MiniMind) -> torch.dtype:
