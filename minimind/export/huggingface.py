@@ -47,6 +47,7 @@ def transformers_config(config: ModelConfig) -> dict[str, Any]:
         "model_type": "granitemoeshared",
         "architectures": ["GraniteMoeSharedForCausalLM"],
         "num_local_experts": config.num_experts,
+        "num_experts": config.num_experts,  # the name by which TRL's balance loss asks for it
         "num_experts_per_tok": config.num_experts_per_tok,
         "shared_intermediate_size": config.num_shared_experts * config.intermediate_size,
         "attention_multiplier": config.head_dim**-0.5,
