@@ -112,12 +112,12 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(folder: Path) -> None:
-    """Fail before an hour of training rather than after it."""
+def check_writable(folder: Path, flag: str = "--out_dir") -> None:
+    """Fail before an hour of work rather than after it; `flag` is what named the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
         probe.touch()
         probe.unlink(missing_ok=True)  # another process of the run may have been here too
     except OSError as error:
-        raise UserError(f"--out_dir {folder} cannot be written to ({error.strerror})") from None
+        raise UserError(f"{flag} {folder} cannot be written to ({error.strerror})") from None

@@ -6,6 +6,7 @@ Imports nothing heavy, so that every `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -34,9 +35,11 @@ def flag(
     positional: bool = False,
     word: str | None = None,
 ) -> Any:
-    """A dataclass field that is a command-line flag, or an argument without a name that may be left out.
+    """A dataclass field that is a command-line flag, or an argument without a name.
 
-    Args: word: stands for `WORD` where a number is wanted.
+    Args:
+        positional: without a name. One may be left out; a tuple takes one or more.
+        word: stands for `WORD` where a number is wanted.
     """
     metadata = {"help": help, "choices": choices, "positional": positional, "word": word}
     return field(default=default, metadata=metadata)
@@ -57,7 +60,9 @@ def parse_flags(options: type[Options], argv: Sequence[str] | None, description:
     argparse's message and code 2.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=inspect.cleandoc(description),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(options)
     for item in fields(options):
@@ -74,7 +79,9 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     shown = "" if default in (None, "") else f" (default: {default})"
     arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
     if item.metadata["positional"]:
-        return arguments | {"type": hint, "nargs": "?", "metavar": item.name.upper()}
+        several = typing.get_origin(hint) is tuple  # one or more; else one that may be left out
+        kind, nargs = (typing.get_args(hint)[0], "+") if several else (hint, "?")
+        return arguments | {"type": kind, "nargs": nargs, "metavar": item.name.upper()}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
     if typing.get_origin(hint) is tuple:  # `--lora_name first second`, `--sizes_gb 0.1 1`

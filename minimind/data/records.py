@@ -20,7 +20,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypedDict
+from typing import BinaryIO, Literal, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 
@@ -60,6 +60,7 @@ class PreferenceRecord(msgspec.Struct):
     rejected: list[Message]
 
 
+T = TypeVar("T")
 Record = TextRecord | ConversationRecord | PreferenceRecord
 _DECODERS = {
     "pretrain": msgspec.json.Decoder(TextRecord),
@@ -215,20 +216,25 @@ def parse_block(block: Block, kind: Kind, file: str) -> tuple[list[tuple[int, Re
     return records, bad
 
 
-def parse_line(line: bytes, kind: Kind) -> Record:
-    """The record that a line holds. Raises `InvalidLine`."""
+def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The JSON of a line as `decoder` has it. Raises `InvalidLine`."""
     if len(line) > MAX_LINE_BYTES:
         raise InvalidLine("line", TOO_LONG)
     try:
         line.decode()  # msgspec does not look into the fields that it passes over
-        record = _DECODERS[kind].decode(line)
+        return decoder.decode(line)
     except UnicodeDecodeError as error:
         place = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8"
         raise InvalidLine("line", f"{place}; convert the file: iconv -f GB18030 -t UTF-8") from None
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error)) from None
+        raise wrong_field(str(error)) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidLine("line", _why_no_json(line, error)) from None
+
+
+def parse_line(line: bytes, kind: Kind) -> Record:
+    """The record that a line holds. Raises `InvalidLine`."""
+    record = decode_line(line, _DECODERS[kind])
     if kind == "pretrain":
         if not record.text or record.text.isspace():
             raise InvalidLine("text", "empty")
@@ -241,7 +247,7 @@ def parse_line(line: bytes, kind: Kind) -> Record:
     return record
 
 
-def _wrong_field(message: str) -> InvalidLine:
+def wrong_field(message: str) -> InvalidLine:
     """Split msgspec's "what - at `$.where`" into our field and reason."""
     what, _, where = message.partition(" - at `$")
     field = where.rstrip("`").lstrip(".")

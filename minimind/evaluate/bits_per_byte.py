@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from minimind.train.parallel import Parallel
 class Score(NamedTuple):
     loss: float  # mean cross-entropy of a target token, in nats
     bits_per_byte: float  # all cross-entropy, in bits, over the UTF-8 bytes of the target tokens
+    tokens: int  # targets, control tokens among them
+    bytes: int
 
 
 def bits_per_byte(
@@ -26,17 +29,20 @@ def bits_per_byte(
     parallel: Parallel,
     batch_size: int,
     max_rows: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Score:
     """Score `model` on the first `max_rows` rows of `data`, shared out over the processes.
 
-    Control tokens count in the loss and as zero bytes, so ending a text wrongly costs bits too.
+    Control tokens count in the loss and as zero bytes, so ending a text wrongly costs bits too. `progress` is
+    told after every batch how many rows it was.
     """
     bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
     sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # nats, tokens, bytes
-    for _, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
+    for batch, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
         nll = targets.nll
         sums += torch.stack(
             [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[targets.labels].sum().to(sums)]
         )
+        progress(len(batch.input_ids))
     nats, tokens, num_bytes = parallel.sum(sums).tolist()
-    return Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1))
+    return Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))

@@ -1,0 +1,80 @@
+"""`minimind eval bpb`: bits per byte of any data file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minimind.errors import UserError
+from minimind.evaluate.options import INTERRUPTED, EvalOptions, progress_bar, say
+from minimind.flags import flag, parse_flags
+
+
+@dataclass(frozen=True)
+class BpbOptions(EvalOptions):
+    files: tuple[Path, ...] = flag((), "JSONL files in any of the formats of training", positional=True)
+    batch_size: int = flag(8, "rows of max_seq_len tokens at once")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}; it must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Bits per byte: how well a model predicts the texts of JSONL files.
+
+    Of conversations the answers count, of pairs both answers. Fewer is better; a text that was trained on is
+    no test. Files may be gzipped.
+    """
+    options = parse_flags(BpbOptions, argv, main.__doc__)
+    from minimind.data.prepare import prepare
+    from minimind.doctor.data import kind_of
+
+    kinds = [kind_of(path) for path in options.files]
+    loaded = options.load()
+    from minimind.evaluate.bits_per_byte import bits_per_byte
+    from minimind.train.datasets import rows_of
+
+    found = []
+    for path, kind in zip(options.files, kinds, strict=True):
+        store = prepare(path, kind, loaded.tokenizer)
+        data = rows_of(store, loaded.tokenizer, loaded.max_seq_len)
+        if not data.num_rows:
+            raise UserError(f"{path}: no record fits into --max_seq_len {loaded.max_seq_len}; raise it")
+        rows = 0
+        try:
+            with progress_bar(path.name, data.num_rows) as show:
+
+                def progress(count: int, show=show) -> None:
+                    nonlocal rows
+                    rows += count
+                    show(rows)
+
+                score = bits_per_byte(
+                    loaded.model,
+                    data,
+                    loaded.tokenizer,
+                    loaded.parallel,
+                    options.batch_size,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            say(f"stopped after {rows:,} of {data.num_rows:,} rows of {path}; what came before stands")
+            return INTERRUPTED
+        print(
+            f"{path}: {score.bits_per_byte:.4f} bits per byte (loss {score.loss:.4f} a token, "
+            f"{score.tokens:,} tokens, {score.bytes:,} bytes)",
+            flush=True,
+        )
+        report = data.report
+        if report.cut or report.dropped:
+            say(
+                f"{path}: of {report.documents:,} records {report.cut:,} are longer than "
+                f"{loaded.max_seq_len} tokens and count in part, {report.dropped:,} not at all"
+            )
+        found.append({"file": str(path), "sha256": store.meta["content_sha256"], "kind": kind})
+        found[-1] |= score._asdict()
+    options.write_json(loaded, {"bits_per_byte": found})
+    return 0
