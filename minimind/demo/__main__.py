@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs=runs,
         metrics=metrics,
         samples=samples,
-        environment=environment(),
-        cost=cost,
+        tables={"用量 · What it took": cost, "环境 · Environment": environment()},
     )
     console.print(f"report: {report}  (open it in a browser)\n\nnext:")
     shown = options.out_dir.relative_to(ROOT) if options.out_dir.is_relative_to(ROOT) else options.out_dir

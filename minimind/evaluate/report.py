@@ -1,19 +1,22 @@
-"""One HTML page about a training: results against their goals, loss curves, a chat, machine and cost.
+"""One HTML page about a training: results, curves, samples, cost, environment, in Chinese and English.
 
-The page is a single file that asks nothing of the network. The curves are SVG drawn in the page's own text
-colour, so they follow its light or dark look.
+The page is a single file that asks nothing of the network and runs no script. It has the look, light or dark,
+that the reader's system has. `minimind report` writes one of a run (`run_report.py`), `make demo` one of its
+stages.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
+from minimind.evaluate.charts import Series, chart
+from minimind.files import atomic_write
+
+SHOWN_AT_ONCE = 10  # rows of a table; longer ones are folded away
 
 
 class Example(NamedTuple):
@@ -55,47 +58,63 @@ def write_report(
     *,
     title: str,
     runs: Sequence[tuple[str, Path]],
-    metrics: Sequence[Metric],
-    samples: Sequence[tuple[str, str]],
-    environment: Mapping[str, object],
-    cost: Mapping[str, object],
+    tables: Mapping[str, Mapping[str, object]],
+    lead: str = "",
+    figures: Mapping[str, str] | None = None,
+    metrics: Sequence[Metric] = (),
+    samples: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write the page to `path`.
+    """Write the page to `path`. Parts that have nothing in them are left out.
 
     Args:
-        runs: the name of each training stage and its `metrics.jsonl`. Lines with `loss` are training steps,
-            lines with `eval_bpb` are measurements on held-out text.
+        runs: the name of each training stage and its `metrics.jsonl`, as `minimind.train.monitor` writes it.
+        tables: further parts by their heading, each a table of names and values, in this order.
+        lead: a line below the title; without it, how many of the metrics' goals are met.
+        figures: a few numbers by name, shown large.
+        metrics: what was measured on questions.
         samples: questions and answers, shown as a chat.
-        environment, cost: shown as tables, in their order.
+    Raises: UserError when the file cannot be written.
     """
     sections = [
-        ("Results", _results(metrics)),
-        ("A conversation", _chat(samples)),
-        ("Learning curves", "".join(_curves(name, log) for name, log in runs)),
-        ("Questions and answers", _examples(metrics)),
-        ("What it took", _facts(cost)),
-        ("Environment", _facts(environment)),
+        ("", _figures(figures or {})),
+        ("结果 · Results", _results(metrics)),
+        ("学习曲线 · Learning curves", "".join(_curves(name, log, len(runs) == 1) for name, log in runs)),
+        ("对话样例 · Samples", _chat(samples)),
+        ("题目与回答 · Questions and answers", _examples(metrics)),
+        *((escape(heading), _facts(facts)) for heading, facts in tables.items() if facts),
     ]
     body = "".join(
-        f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content
+        f"<section>{f'<h2>{heading}</h2>' if heading else ''}{content}</section>"
+        for heading, content in sections
+        if content
     )
-    met = sum(metric.passed for metric in metrics)
-    lead = f'<p class="lead">{met} of {len(metrics)} goals met</p>' if metrics else ""
+    if metrics and not lead:
+        lead = f"{sum(metric.passed for metric in metrics)} of {len(metrics)} goals met"
+    lead = f'<p class="lead">{escape(lead)}</p>' if lead else ""
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="zh"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{CSS}</style></head><body><main><h1>{escape(title)}</h1>{lead}{body}</main></body></html>\n"
+        f"<style>{CSS}</style></head><body><main><h1>{escape(title)}</h1>"
+        f"{lead}{body}</main></body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    atomic_write(path, lambda file: file.write(page.encode("utf-8", "replace")))
 
 
 # Sections
 
 
+def _figures(figures: Mapping[str, str]) -> str:
+    cards = (
+        f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in figures.items()
+    )
+    return f'<div class="figures">{"".join(cards)}</div>' if figures else ""
+
+
 def _results(metrics: Sequence[Metric]) -> str:
+    if not metrics:
+        return ""
     return _table(
-        ("", "Result", "Goal", ""),
+        ("", "结果 Result", "目标 Goal", ""),
         (
             (
                 escape(metric.name),
@@ -113,7 +132,7 @@ def _examples(metrics: Sequence[Metric]) -> str:
     return "".join(
         f"<details><summary>{escape(metric.name)}</summary>"
         + _table(
-            ("Question", "Answer", "Expected", "Score"),
+            ("问 Question", "答 Answer", "应为 Expected", "得分 Score"),
             (
                 (escape(e.question), escape(e.answer), escape(e.expected), f"{e.score:.2f}")
                 for e in metric.examples
@@ -134,22 +153,10 @@ def _chat(samples: Sequence[tuple[str, str]]) -> str:
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    return _table((), ((escape(name), escape(str(value))) for name, value in facts.items()), "facts")
-
-
-def _curves(name: str, log: Path) -> str:
-    lines = [msgspec.json.decode(line) for line in log.read_bytes().splitlines() if line.strip()]
-    steps = [line for line in lines if "loss" in line]
-    measured = [line for line in lines if "eval_bpb" in line]
-    charts = [
-        _chart(f"{name}: {label}", label, [line["step"] for line in series], [line[key] for line in series])
-        for label, key, series in (
-            ("training loss", "loss", steps),
-            ("held-out bits per byte", "eval_bpb", measured),
-        )
-        if series
-    ]
-    return f'<h3>{escape(name)}</h3><div class="charts">{"".join(charts)}</div>'
+    table = _table((), ((escape(name), escape(str(value))) for name, value in facts.items()), "facts")
+    if len(facts) <= SHOWN_AT_ONCE:
+        return table
+    return f"<details><summary>{len(facts)} 项 entries</summary>{table}</details>"
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], style: str = "") -> str:
@@ -166,62 +173,80 @@ def _mark(passed: bool) -> str:
 
 # Curves
 
-TEXT_COLOUR, LINE_COLOUR = "#010203", "#040506"  # stand-ins in the SVG for what the page's CSS decides
+LEARNING = {
+    "损失 · Loss": {"loss": "训练 training", "eval_loss": "留出集 held out"},
+    "留出集每字节比特数 · Held-out bits per byte": {"eval_bpb": ""},
+}
+OTHERS = {
+    "学习率 · Learning rate": {"lr": ""},
+    "梯度范数 · Gradient norm": {"grad_norm": ""},
+    "速度 · Tokens per second": {"tokens_per_s": ""},
+    "回报 · Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    "各专家的份额 · Expert load": {f"expert_load/{i}": f"{i}" for i in range(4)},
+}
+NOT_DRAWN = {"step", "tokens", "mfu", "epoch", "skipped"}
 
 
-def _chart(alt: str, label: str, steps: list[int], values: list[float]) -> str:
-    """A line over the steps as inline SVG; a noisy series also gets its moving average."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # before pyplot, which would look for a screen
-    import matplotlib.pyplot as plt
-
-    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    settings = {"font.size": 9, "svg.hashsalt": alt}  # the salt keeps the ids of two charts apart
-    with plt.rc_context(settings | dict.fromkeys(coloured, TEXT_COLOUR)):
-        figure, axes = plt.subplots(figsize=(4.6, 2.7), layout="constrained")
-        if len(values) < 40:
-            axes.plot(steps, values, "o-", color=LINE_COLOUR, linewidth=1, markersize=3.5)
-        else:
-            axes.plot(steps, values, color=LINE_COLOUR, linewidth=1, alpha=0.3)
-            axes.plot(steps, _moving_average(values), color=LINE_COLOUR, linewidth=1.8)
-        axes.set(xlabel="step", title=label)
-        axes.grid(alpha=0.15, color=TEXT_COLOUR)
-        axes.spines[["top", "right"]].set_visible(False)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", svg.getvalue(), flags=re.DOTALL)
-    drawing = drawing[drawing.index("<svg") :].replace(
-        "<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1
+def _curves(name: str, log: Path, alone: bool) -> str:
+    """All that is in a log; of several runs, what is not about learning stays folded away."""
+    columns = read_log(log)
+    drawn = {key for keys in (LEARNING | OTHERS).values() for key in keys} | NOT_DRAWN
+    rest = OTHERS | {key: {key: ""} for key in columns if key not in drawn}
+    first, more = (
+        "".join(
+            f"<div>{chart(title, found)}</div>"
+            for title, keys in charts.items()
+            if (found := [Series(label, *columns[key]) for key, label in keys.items() if key in columns])
+        )
+        for charts in (LEARNING, rest)
     )
-    return drawing.replace(TEXT_COLOUR, "currentColor").replace(LINE_COLOUR, "var(--accent)")
+    heading = "" if alone else f"<h3>{escape(name)}</h3>"
+    if alone:
+        first, more = first + more, ""
+    folded = f'<details><summary>更多 · more</summary><div class="charts">{more}</div></details>'
+    return f'{heading}<div class="charts">{first}</div>{folded if more else ""}' if first else ""
 
 
-def _moving_average(values: list[float]) -> list[float]:
-    """Exponential average over about a fortieth of the series."""
-    weight, average, smooth = 40 / len(values), values[0], []
-    for value in values:
-        average += weight * (value - average)
-        smooth.append(average)
-    return smooth
+def read_log(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """(steps, values) by the name of what was logged, from the lines of a `metrics.jsonl`.
+
+    A run that is still at work, or was killed, may have left half a line, which is passed over.
+    """
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            step = float(entry["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        for key, value in entry.items():
+            if isinstance(value, int | float):
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+    return columns
 
 
 CSS = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --text: #1c2330; --quiet: #667085;
-  --line: #e3e7ee; --accent: #2f6fed; --pass: #12805c; --miss: #c0362c; }
+  --line: #e3e7ee; --accent: #2f6fed; --second: #d9642c; --third: #12805c; --fourth: #8a4fd3;
+  --pass: #12805c; --miss: #c0362c; }
 @media (prefers-color-scheme: dark) { :root { --ground: #11151c; --card: #1a202a; --text: #e6e9ef;
-  --quiet: #98a2b3; --line: #2b3341; --accent: #7aa7ff; --pass: #4fd1a1; --miss: #ff8a80; } }
+  --quiet: #98a2b3; --line: #2b3341; --accent: #7aa7ff; --second: #ffa071; --third: #4fd1a1;
+  --fourth: #c3a1ff; --pass: #4fd1a1; --miss: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text);
   font: 16px/1.6 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif; }
-main { max-width: 54rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.25; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; }
+h1 { margin: 0; font-size: 1.9rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 0 0 .9rem; font-size: 1.15rem; }
 h3 { margin: 1rem 0 .3rem; font-size: .95rem; color: var(--quiet); font-weight: 600; }
-.lead { margin: .3rem 0 0; color: var(--quiet); font-size: 1.05rem; }
+.lead { margin: .3rem 0 0; color: var(--quiet); font-size: 1.05rem; overflow-wrap: anywhere; }
 section { margin-top: 1.25rem; padding: 1.25rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 14px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; }
+.figures b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.figures span { color: var(--quiet); font-size: .85rem; }
 .wide { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-size: .93rem; }
 th { text-align: left; color: var(--quiet); font-weight: 500; font-size: .82rem; }
@@ -241,8 +266,15 @@ tbody tr:last-child td { border-bottom: 0; }
 .model { align-self: flex-start; background: var(--ground); border: 1px solid var(--line);
   border-bottom-left-radius: 4px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
-.charts svg { width: 100%; height: auto; max-width: 34rem; }
+.charts svg { width: 100%; height: auto; display: block; }
+.charts text { fill: var(--quiet); font-size: 11px; font-variant-numeric: tabular-nums; }
+.charts .title { fill: var(--text); font-size: 13px; font-weight: 600; }
+.charts .y { text-anchor: end; }
+.charts .x { text-anchor: middle; }
+.charts .grid { stroke: var(--line); }
+.legend { margin: 0; text-align: center; font-size: .82rem; color: var(--quiet); }
 details { padding: .5rem 0; border-bottom: 1px solid var(--line); }
 details:last-child { border-bottom: 0; }
 summary { cursor: pointer; }
+@media print { body { background: #fff; } section { break-inside: avoid; } }
 """

@@ -64,6 +64,7 @@ from minimind.train.objective import Loss, NextToken, Objective
 from minimind.train.optim import learning_rate_scale
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
+from minimind.train.samples import conclude
 from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
 from minimind.train.stability import ROLLBACKS, Stability
@@ -363,6 +364,8 @@ class Trainer:
             cost = self.cost()
             self.write_settings(cost=cost.table())
             monitor.say(f"{self.weights_path}: {cost}")
+        if self.parallel.is_main:
+            conclude(self)
         return 0
 
     def train_steps(self, signals: StopSignals) -> None:

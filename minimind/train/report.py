@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minimind.data.batches import Batch
+from minimind.environment import environment
 from minimind.train.objective import Loss
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "parameters": trainer.num_parameters,
         "trainable_parameters": trainer.num_trainable,
         "data_sha256": trainer.data_sha256,
+        "data_tokens": trainer.data.num_tokens,
+        "data_documents": trainer.data.report.documents,
         "tokenizer_fingerprint": trainer.tokenizer.fingerprint,
         "total_steps": trainer.total_steps,
         "device": str(trainer.parallel.device),
@@ -36,6 +39,7 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "world_size": trainer.parallel.world_size,
         "launcher": os.getppid(),
         "torch": torch.__version__,
+        "environment": environment(),
     }
 
 
