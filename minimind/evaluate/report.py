@@ -184,6 +184,7 @@ OTHERS = {
     "回报 · Rewards": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
     "各专家的份额 · Expert load": {f"expert_load/{i}": f"{i}" for i in range(4)},
 }
+TOO_LARGE = 1e30  # no number of a run; nor is NaN, which compares as false
 NOT_DRAWN = {"step", "tokens", "mfu", "epoch", "skipped"}
 
 
@@ -217,10 +218,10 @@ def read_log(path: Path) -> dict[str, tuple[list[float], list[float]]]:
         try:
             entry: dict[str, Any] = json.loads(line)
             step = float(entry["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         for key, value in entry.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and abs(value) < TOO_LARGE and abs(step) < TOO_LARGE:
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(step)
                 values.append(value)
