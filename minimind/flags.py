@@ -6,7 +6,6 @@ Imports nothing heavy, so that every `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -60,9 +59,7 @@ def parse_flags(options: type[Options], argv: Sequence[str] | None, description:
     argparse's message and code 2.
     """
     parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(description),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(options)
     for item in fields(options):

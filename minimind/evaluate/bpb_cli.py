@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Of conversations the answers count, of pairs both answers. Fewer is better; a text that was trained on is
     no test. Files may be gzipped.
+
+        minimind eval bpb dataset/pretrain_val.jsonl --model_mode 0
+        minimind eval bpb dataset/dpo.jsonl dataset/r1_mix_1024.jsonl --json out/bpb.json
     """
-    options = parse_flags(BpbOptions, argv, main.__doc__)
+    options = parse_flags(BpbOptions, argv, inspect.getdoc(main))
     from minimind.data.prepare import prepare
     from minimind.doctor.data import kind_of
 

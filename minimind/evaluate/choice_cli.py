@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The model never writes anything: what counts is which letter, and which option, it finds likeliest. Every
     accuracy comes with its 95 % interval (Wilson), and says whether chance would do as well.
+
+        minimind eval choice dataset/cmmlu_test.jsonl
+        minimind eval choice dataset/cmmlu_test.jsonl --shots 5 --examples_path dataset/cmmlu_dev.jsonl
     """
-    options = parse_flags(ChoiceOptions, argv, main.__doc__)
+    options = parse_flags(ChoiceOptions, argv, inspect.getdoc(main))
     from minimind.evaluate.questions import examples_by_subject, read_questions
 
     questions = [question for path in options.files for question in read_questions(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Answers are drawn as in a chat. A loop is a unit of 1 to 20 characters, at least 4 times in a row at the
     end. Shares come with their 95 % intervals (Wilson).
+
+        minimind eval repetition dataset/sft_mini_512.jsonl
+        minimind eval repetition dataset/pretrain_val.jsonl --model_mode 0 --temperature 0
     """
-    options = parse_flags(RepetitionOptions, argv, main.__doc__)
+    options = parse_flags(RepetitionOptions, argv, inspect.getdoc(main))
     texts = prompts(options.data, options.limit)
     loaded = options.load()
     answers: dict[int, Answer] = {}

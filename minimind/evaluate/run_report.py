@@ -6,6 +6,7 @@ run is done, `samples.jsonl` (what the model says). A run that is at work, or wa
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """One HTML page about a training run: curves, samples, cost, data, settings, environment.
 
     A finished run has written its own; this makes it anew, and makes one of a run that is still at work.
+
+        minimind report                                    of the newest run in out/
+        minimind report out/runs/pretrain_512
     """
-    options = parse_flags(ReportOptions, argv, main.__doc__)
+    options = parse_flags(ReportOptions, argv, inspect.getdoc(main))
     folder = options.run_dir or newest_run(options.out_dir)
     path = write_run_report(folder, options.output)
     print(f"report: {path}  (open it in a browser)")

@@ -12,7 +12,7 @@ import torch
 
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.sft import SFTOptions
-from minimind.train import loop
+from minimind.train import loop, samples
 from minimind.train.loop import Stage, Trainer
 from minimind.train.parallel import setup
 
@@ -22,9 +22,10 @@ SFT = Stage("full_sft", data_kind="conversation", starts_from=("pretrain",))
 
 
 @pytest.fixture(autouse=True)
-def known_matmul_rate(monkeypatch) -> None:
-    """Measuring the processor takes longer than these runs."""
+def quick_around_the_training(monkeypatch) -> None:
+    """Measuring the processor, and long answers at the end, take longer than these runs."""
     monkeypatch.setattr(loop, "matmul_rate", lambda *_: 1e10)
+    monkeypatch.setattr(samples, "TOKENS", 4)
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:
