@@ -27,6 +27,7 @@ from minimind.chat.options import SamplingOptions
 from minimind.config import ModelConfig
 from minimind.data.batches import Batch
 from minimind.data.prepare import prepare
+from minimind.evaluate.endings import Item, log_likelihoods
 from minimind.model import BlockMask, MiniMind, attention_mask
 from minimind.stages.pretrain import PretrainOptions
 from minimind.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ from minimind.train.loop import Stage, Trainer
 from minimind.train.losses import at_targets
 from minimind.train.monitor import matmul_rate
 from minimind.train.objective import NextToken
-from minimind.train.parallel import choose_device, setup
+from minimind.train.parallel import Parallel, choose_device, setup
 from minimind.train.signals import StopSignals
 
 Check = dict[str, Any]
@@ -55,7 +56,7 @@ def all_checks(setting: Setting) -> list[Check]:
     checks = []
     for kind, config in (("dense", dense), ("moe", replace(dense, num_experts=4))):
         model, batch = random_model(config), packed_batch(setting)
-        for make in (against_cpu, in_bf16, apart, compiled):
+        for make in (against_cpu, in_bf16, apart, compiled, endings):
             checks += run(kind, make, model, batch, device)
         checks += run(kind, training_and_answers, config, setting)
     checks += run("moe", experts_together, device)
@@ -163,6 +164,23 @@ def compiled(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Ch
     yield check("loss, compiled against eager, bf16", (loss / eager - 1).abs(), 2e-3)
     limit = 0.4 if model.config.num_experts else 0.1
     yield check("gradients, compiled against eager, bf16", distance(gradients, eager_gradients), limit)
+
+
+def endings(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check]:
+    """What multiple choice is scored by: prompts and their endings, many in a row."""
+    ids = batch.input_ids.flatten().tolist()[:120]
+    items = [Item(ids[: 20 + i], [ids[i : i + 1 + j] for j in range(4)]) for i in range(100)]
+
+    def found(place: torch.device, dtype: torch.dtype) -> Tensor:
+        """(items, endings)"""
+        parallel = Parallel(place, dtype)
+        batches = log_likelihoods(copy.deepcopy(model).to(place).eval(), [items], parallel)
+        return torch.tensor([logps for _, logps in sorted(pair for b in batches for pair in b)])
+
+    exact = found(torch.device("cpu"), torch.float32)
+    yield check("endings' log-likelihoods, fp32", (found(device, torch.float32) - exact).abs().max(), 1e-3)
+    limit = 2.0 if model.config.num_experts else 0.2  # nats; rounding sends tokens to other experts
+    yield check("endings' log-likelihoods, bf16", (found(device, torch.bfloat16) - exact).abs().max(), limit)
 
 
 def training_and_answers(config: ModelConfig, setting: Setting) -> Iterator[Check]:

@@ -63,6 +63,7 @@ def test_every_check_is_made_and_passes(results):
             "compiled",
             "training",
             "greedy",
+            "endings",
         ):
             assert part in names
 
