@@ -12,6 +12,7 @@ is its place in that sentence, not in the row. So every sentence is computed as 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ SHORTEST_ROW = 256
 # A longer row shares its beginning among more prompts, but each token is scored with all of the row.
 ROW_PER_BEGINNING = 4
 LONGEST_ROW = 2048  # unless a single prompt needs more
+SORTED = 4  # batches whose rows are put in order of length, so that little of them is padding
 
 
 class Item(NamedTuple):
@@ -59,22 +61,36 @@ def log_likelihoods(
     Yields (number of the item, one sum over tokens for each ending) of the items that a batch has finished.
     Items are counted through all groups, and come in any order within a group.
     """
-    first = 0
-    waiting: list[Row] = []
-    for group in groups:
-        for row in rows_of(group, first):
-            length = max(len(r.ids) for r in (*waiting, row))
-            if waiting and length * (len(waiting) + 1) > POSITIONS[parallel.device.type]:
-                yield score(model, waiting, parallel)
-                waiting = []
-            waiting.append(row)
-        first += len(group)
-    if waiting:
-        yield score(model, waiting, parallel)
+    numbers = count()
+    rows = (row for group in groups for row in rows_of(group, numbers))
+    for batch in in_batches(rows, POSITIONS[parallel.device.type]):
+        yield score(model, batch, parallel)
 
 
-def rows_of(group: Sequence[Item], first: int) -> list[Row]:
-    """The items of a group as few full rows; the first item's number is `first`."""
+def in_batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
+    """Rows of about one length together, of no more than `most` positions with their padding (or one row)."""
+    rows = iter(rows)
+    while waiting := first_rows(rows, SORTED * most):
+        waiting.sort(key=lambda row: -len(row.ids))
+        while waiting:
+            longest = len(waiting[0].ids)
+            fit = max(1, most // longest)
+            batch = [row for row in waiting[:fit] if 3 * len(row.ids) > 2 * longest]
+            yield batch
+            waiting = waiting[len(batch) :]
+
+
+def first_rows(rows: Iterator[Row], positions: int) -> list[Row]:
+    """The next rows with so many positions, or all that are left."""
+    taken, found = [], 0
+    while found < positions and (row := next(rows, None)):
+        taken.append(row)
+        found += len(row.ids)
+    return taken
+
+
+def rows_of(group: Sequence[Item], numbers: Iterator[int]) -> list[Row]:
+    """The items of a group as few full rows; `numbers` counts the items of all groups."""
     prompts = [item.prompt for item in group]
     # Every prompt keeps a token of its own: the one that its endings go on from.
     shared = min(common_length(prompts), min(map(len, prompts)) - 1)
@@ -84,8 +100,9 @@ def rows_of(group: Sequence[Item], first: int) -> list[Row]:
     # `pack` says which lengths share a row; items of one length may take each other's place.
     members = np.empty(len(group), np.int64)
     members[np.argsort(packed.slot_lengths, kind="stable")] = np.argsort(lengths, kind="stable")
+    numbered = [(next(numbers), item) for item in group]
     return [
-        make_row(group[0].prompt[:shared], [(first + i, group[i]) for i in members[start:end]])
+        make_row(group[0].prompt[:shared], [numbered[i] for i in members[start:end]])
         for start, end in zip(packed.first_slots, packed.first_slots[1:], strict=False)
     ]
 
@@ -113,7 +130,7 @@ def make_row(beginning: list[int], members: list[tuple[int, Item]]) -> Row:
             row.sources.append(end_of_prompt)
             row.sources.extend(range(len(row.ids), len(row.ids) + len(ending) - 1))
             row.labels.extend(ending)
-            row.owners.extend([(int(item_number), place)] * len(ending))
+            row.owners.extend([(item_number, place)] * len(ending))
             add(ending[:-1], len(item.prompt), number, place + 1)  # nothing is asked of the last token
     return row
 

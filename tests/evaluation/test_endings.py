@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import count
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_sharing_rows_changes_nothing(shape):
 
 def test_a_beginning_is_read_once_in_a_row_and_rows_are_full():
     (group,) = make_groups([100], items=40)
-    rows = rows_of(group, 0)
+    rows = rows_of(group, count())
     lengths = [len(row.ids) for row in rows]
     own = sum(len(i.prompt) - 100 + sum(len(e) - 1 for e in i.endings) for i in group)
     assert sum(lengths) == own + 100 * len(rows)
