@@ -109,6 +109,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, help="0: always the likeliest token (%(default)s)")
     add("--top_p", type=float, help="share of the probability to draw from (%(default)s)")
     add("--top_k", type=int, help="draw from the k likeliest tokens (all)")
+    add("--min_p", type=float, help="draw none less likely than this share of the likeliest (%(default)s)")
     add("--repetition_penalty", type=float, help="1: none (%(default)s)")
     add("--seed", type=int, help="makes answers repeatable")
     parser.set_defaults(**asdict(SamplingOptions()))

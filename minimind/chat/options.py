@@ -18,6 +18,8 @@ class SamplingOptions:
         top_p: draw from the fewest tokens that hold this share of the probability, in (0, 1]
             (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
         top_k: draw from the k likeliest tokens only; None: no such limit.
+        min_p: draw only tokens that are at least this share as likely as the likeliest, 0 for all
+            (Nguyen et al. 2024, arXiv:2407.01082).
         repetition_penalty: how much a token suffers that the answer has lately used, 1 for not at all
             (Keskar et al. 2019, arXiv:1909.05858).
         max_new_tokens: an answer that has not ended by itself is cut here.
@@ -27,6 +29,7 @@ class SamplingOptions:
     temperature: float = 0.85
     top_p: float = 0.85
     top_k: int | None = None
+    min_p: float = 0.0
     repetition_penalty: float = 1.05
     max_new_tokens: int = 1024
     seed: int | None = None
@@ -39,6 +42,8 @@ class SamplingOptions:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out for no limit")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be 0 (no limit) to 1, not {self.min_p}")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(
                 f"repetition_penalty must be 0.01 to 100 (1 is none), not {self.repetition_penalty}"

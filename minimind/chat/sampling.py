@@ -36,7 +36,8 @@ class Sampler:
         self.options = options
         self.never = [i for i in CONTROL_IDS if i not in stop_ids]
         self.greedy = options.temperature < GREEDY_BELOW
-        self.whole = options.top_k is None and options.top_p == 1  # any token may be drawn
+        # Whether any token may be drawn.
+        self.whole = options.top_k is None and options.top_p == 1 and options.min_p == 0
         self._random = Random(options.seed)  # None: seeded by the system
 
     def uniform(self) -> float:
@@ -102,24 +103,27 @@ def draw(logits: Tensor, samplers: Sequence[Sampler], uniform: Tensor) -> Tensor
 def draw_likely(
     logits: Tensor, samplers: Sequence[Sampler], uniform: Tensor, width: int = CANDIDATES
 ) -> Tensor:
-    """Draw from the top k and from the nucleus in them: logits (B, V), uniform numbers (B,) → ids (B,).
+    """Draw from the top k, the nucleus in them, what min_p leaves: logits (B, V), uniform (B,) → ids (B,).
 
     Only the `width` likeliest tokens are looked at; rows whose nucleus is wider are drawn anew among more.
     """
     options = [sampler.options for sampler in samplers]
     top_k = [[min(option.top_k or 0, logits.shape[1])] for option in options]  # 0: no such limit
     top_p = logits.new_tensor([[option.top_p] for option in options])  # (B, 1)
+    min_p = logits.new_tensor([[option.min_p] for option in options])  # (B, 1)
     width = max(min(width, logits.shape[1]), *(k for (k,) in top_k))
 
     values, ids = probabilities_of(logits, samplers).topk(width)  # (B, C), falling
     sums = values.cumsum(-1)
     before = sums - values  # share of the tokens that are likelier
-    wide = [row for row, enough in enumerate((sums[:, -1:] >= top_p).tolist()) if not enough[0]]
+    least = min_p * values[:, :1]  # (B, 1)
+    enough = (sums[:, -1:] >= top_p) | (values[:, -1:] < least)  # (B, 1)
+    wide = [row for row, (whole,) in enumerate(enough.tolist()) if not whole]
     if any(k for (k,) in top_k):
         kept = torch.tensor(top_k, device=logits.device)  # (B, 1)
         top_p = torch.where(kept > 0, top_p * sums.gather(-1, (kept - 1).clamp(min=0)), top_p)
         values.masked_fill_((kept > 0) & (torch.arange(width, device=logits.device) >= kept), 0)
-    nucleus = values.masked_fill(before >= top_p, 0)
+    nucleus = values.masked_fill((before >= top_p) | (values < least), 0)
     drawn = ids.gather(-1, invert(nucleus, uniform)[:, None])[:, 0]
     wide = [row for row in wide if not top_k[row][0] and width < logits.shape[1]]
     if wide:

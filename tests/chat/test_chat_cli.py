@@ -300,6 +300,7 @@ def test_damaged_or_diverged_weights_are_refused(tmp_path):
         (["--top_p", "0"], "top_p"),
         (["--top_p", "1.5"], "top_p"),
         (["--top_k", "0"], "top_k"),
+        (["--min_p", "2"], "min_p"),
         (["--repetition_penalty", "0"], "repetition_penalty"),
         (["--history_cnt", "3"], "history_cnt"),
         (["--max_seq_len", "0"], "max_seq_len"),

@@ -16,8 +16,10 @@ DRAWS = 40_000
 ANY = (0, 1, 2)  # as stop ids: no token is forbidden
 
 
-def reference(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
-    """Temperature, then top-k, then the smallest nucleus, one token after another."""
+def reference(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float, min_p: float = 0
+) -> list[float]:
+    """Temperature, then top-k, then the smallest nucleus, one token after another, then min-p."""
     weights = [math.exp(x / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
     total = sum(weights[i] for i in order)
@@ -27,6 +29,7 @@ def reference(logits: list[float], temperature: float, top_k: int | None, top_p:
         mass += weights[i] / total
         if mass >= top_p:
             break
+    kept = [i for i in kept if weights[i] >= min_p * weights[order[0]]]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
@@ -44,27 +47,31 @@ def draws(logits: torch.Tensor, options: list[SamplingOptions], count: int = 1) 
     return found
 
 
-KNOBS = [
-    (1, None, 1),
-    (0.5, None, 1),
-    (2, None, 1),
-    (1, 3, 1),
-    (1, None, 0.7),
-    (0.7, None, 0.95),
-    (1.3, 4, 0.8),
-    (1, 1, 1),
-    (1, 100, 0.9),
-    (0, None, 1),
+KNOBS = [  # temperature, top_k, top_p, min_p
+    (1, None, 1, 0),
+    (0.5, None, 1, 0),
+    (2, None, 1, 0),
+    (1, 3, 1, 0),
+    (1, None, 0.7, 0),
+    (0.7, None, 0.95, 0),
+    (1.3, 4, 0.8, 0),
+    (1, 1, 1, 0),
+    (1, 100, 0.9, 0),
+    (0, None, 1, 0),
+    (1, None, 1, 0.3),
+    (1, None, 0.7, 0.3),
+    (1, 3, 1, 0.1),
+    (2, None, 1, 1),
 ]
 
 
 def test_draws_follow_the_definition_whatever_the_neighbours_ask_for():
-    options = [SamplingOptions(temperature=t, top_k=k, top_p=p, seed=0) for t, k, p in KNOBS]
-    for (temperature, top_k, top_p), ids in zip(
+    options = [SamplingOptions(temperature=t, top_k=k, top_p=p, min_p=m, seed=0) for t, k, p, m in KNOBS]
+    for (temperature, top_k, top_p, min_p), ids in zip(
         KNOBS, draws(torch.tensor(LOGITS), options, DRAWS), strict=True
     ):
         shares = torch.tensor(ids).bincount(minlength=8) / len(ids)
-        expected = reference(LOGITS, temperature or 1e-2, top_k, top_p)
+        expected = reference(LOGITS, temperature or 1e-2, top_k, top_p, min_p)
         for share, p in zip(shares.tolist(), expected, strict=True):
             # 5 sigma; exactly 0 outside the set
             assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / DRAWS)
@@ -79,6 +86,14 @@ def test_a_nucleus_wider_than_the_candidates_is_found_exactly(top_p):
     ids, near = draws(logits, [wide, narrow], 5000)
     assert kept - 20 <= max(ids) <= kept  # the id is the rank here
     assert max(near) < CANDIDATES
+
+
+def test_min_p_wider_than_the_candidates_is_found_exactly():
+    logits = torch.linspace(0, -1, 2000)
+    kept = sum(p > 0 for p in reference(logits.tolist(), 1, None, 1, 0.6))
+    assert kept > 8 * CANDIDATES
+    (ids,) = draws(logits, [SamplingOptions(temperature=1, top_p=1, min_p=0.6, seed=0)], 5000)
+    assert kept - 20 <= max(ids) <= kept  # the id is the rank here
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-30, 1e-5])
@@ -133,6 +148,8 @@ def test_log_probabilities_name_the_likeliest():
         {"top_p": 1.01},
         {"top_p": math.nan},
         {"top_k": 0},
+        {"min_p": -0.1},
+        {"min_p": math.nan},
         {"repetition_penalty": 0},
         {"max_new_tokens": 0},
         {"seed": -1},
