@@ -27,6 +27,7 @@ COMMANDS = {
     "train reason": Command("minimind.stages.reason:main", "learn to think before answering"),
     "train distill": Command("minimind.stages.distill:main", "learn from a larger model's probabilities"),
     "chat": Command("minimind.chat.cli:main", "talk to a model"),
+    "serve": Command("minimind.server.cli:main", "a model behind OpenAI's API, and a page to talk to it"),
     "merge": Command("minimind.export.merge:main", "add adapters to a model's weights"),
     "export hf": Command("minimind.export.hf_cli:export", "write a model for transformers, TRL, vLLM …"),
     "import hf": Command("minimind.export.hf_cli:import_hf", "read a model from a Hugging Face folder"),

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = sys.stderr if arguments.prompt else sys.stdout
     path = folder.resolve() if folder else find_weights(stage, arguments, notes)
     model = load(path, adapters, arguments, tokenizer)
+    check_positions(model.config, "max_seq_len", arguments.max_seq_len)
     name = " + ".join([path.name, *adapters])
     print(f"{name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}", file=notes)
 
@@ -173,6 +174,14 @@ def find_weights(stage: str, arguments: argparse.Namespace, notes: TextIO) -> Pa
     return first
 
 
+def check_positions(config: ModelConfig, name: str, length: int) -> None:
+    """Raises: UserError when the flag `name` asks for more tokens than the model has positions."""
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--{name} {length} is more than the {config.max_position_embeddings} positions of the model"
+        )
+
+
 def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokenizer: Tokenizer) -> MiniMind:
     """The model in `path`, a weight file or a transformers directory, with its adapters, ready to answer.
 
@@ -199,11 +208,6 @@ def load(path: Path, adapters: list[str], arguments: argparse.Namespace, tokeniz
         )
     if path.is_file():
         check_tokenizer(path, tokenizer)
-    if arguments.max_seq_len > config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_len {arguments.max_seq_len} is more than the {config.max_position_embeddings} "
-            "positions of the model"
-        )
     for name, wanted in asked.items():
         if shape[name] != wanted:
             raise UserError(

@@ -1,0 +1,71 @@
+"""A real server in a thread of the tests, with a small random model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+
+from minimind.chat.engine import Engine
+from minimind.chat.inference import InferenceModel
+from minimind.config import ModelConfig
+from minimind.server.answers import Served
+from minimind.server.app import PAGE, Service, create_app
+from minimind.server.cli import bind
+from minimind.server.connection import make_server
+from minimind.tokenizer import Tokenizer
+
+from ..chat.models import random_model
+
+CONFIG = ModelConfig(hidden_size=64, num_hidden_layers=2)
+TOKENIZER = Tokenizer.load()
+
+
+def served(name: str = "minimind", stage: str = "full_sft", rows: int = 4, max_length: int = 256, seed: int = 0):
+    engine = Engine(InferenceModel(random_model(CONFIG, seed), "fp32"), rows, max_length)
+    adapter = name.partition(":")[2] or None
+    return Served(name, stage, adapter, 0, engine)
+
+
+class Live:
+    """The addresses of a running server, and clients for it."""
+
+    def __init__(self, port: int, service: Service, key: str | None) -> None:
+        self.port, self.service = port, service
+        self.url = f"http://127.0.0.1:{port}"
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self.openai = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.service.metrics.registry.get_sample_value(f"minimind_{name}", labels) or 0.0
+
+
+@contextmanager
+def running(
+    models: Sequence[Served] | None = None,
+    queue: int = 64,
+    key: str | None = None,
+    page: Path = PAGE,
+    grace: int = 5,
+) -> Iterator[Live]:
+    ready = threading.Event()
+    service = Service(models or [served()], TOKENIZER, queue, on_failure=lambda: None)
+    server = make_server(create_app(service, key, page, on_ready=ready.set), grace)
+    with bind("127.0.0.1", 0, key) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert ready.wait(30)
+            live = Live(listener.getsockname()[1], service, key)
+            with live.http, live.openai:
+                yield live
+        finally:
+            server.should_exit = True
+            thread.join()
