@@ -61,8 +61,10 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     if place:
         return ApiError(400, f"{place}: {message}", place)
-    if first["type"] == "value_error":  # about several fields
-        return ApiError(400, message)
+    if first["type"] == "string_unicode":
+        return ApiError(400, "the name of a field is half a character")
+    if isinstance(first["input"], dict):  # about several fields, or one that is not supported
+        return ApiError(400, message, first.get("ctx", {}).get("name"))
     return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
 
 

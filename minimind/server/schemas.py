@@ -18,6 +18,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from minimind.chat.options import SamplingOptions
 
@@ -144,7 +145,9 @@ class Request(Schema):
         for name in ONLY_AS.keys() & value.keys():
             given = value.pop(name)
             if given is not None and given not in ONLY_AS[name]:
-                raise ValueError(f"{name} is not supported; leave it out")
+                raise PydanticCustomError(
+                    "unsupported", "{name} is not supported; leave it out", {"name": name}
+                )
         return value
 
     @property

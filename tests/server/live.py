@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
+from chat.models import random_model
 
 from minimind.chat.engine import Engine
 from minimind.chat.inference import InferenceModel
@@ -19,13 +21,13 @@ from minimind.server.cli import bind
 from minimind.server.connection import make_server
 from minimind.tokenizer import Tokenizer
 
-from ..chat.models import random_model
-
 CONFIG = ModelConfig(hidden_size=64, num_hidden_layers=2)
 TOKENIZER = Tokenizer.load()
 
 
-def served(name: str = "minimind", stage: str = "full_sft", rows: int = 4, max_length: int = 256, seed: int = 0):
+def served(
+    name: str = "minimind", stage: str = "full_sft", rows: int = 4, max_length: int = 256, seed: int = 0
+):
     engine = Engine(InferenceModel(random_model(CONFIG, seed), "fp32"), rows, max_length)
     adapter = name.partition(":")[2] or None
     return Served(name, stage, adapter, 0, engine)
@@ -43,8 +45,15 @@ class Live:
             base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0, timeout=60
         )
 
-    def metric(self, name: str, **labels: str) -> float:
-        return self.service.metrics.registry.get_sample_value(f"minimind_{name}", labels) or 0.0
+    def metric(self, name: str, model: str = "minimind") -> float:
+        return self.service.metrics.registry.get_sample_value(f"minimind_{name}", {"model": model}) or 0.0
+
+    def eventually(self, name: str, value: float, seconds: float = 10) -> bool:
+        """Whether a metric takes a value, within some time."""
+        end = time.monotonic() + seconds
+        while self.metric(name) != value and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.metric(name) == value
 
 
 @contextmanager
