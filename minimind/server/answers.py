@@ -15,8 +15,9 @@ from minimind.server.scheduler import Full, Scheduler, Ticket
 from minimind.server.text import AnswerText, Piece
 
 
-def broken() -> ApiError:
-    return ApiError(503, "the model has stopped with an error; the server's log has it")
+def unavailable(scheduler: Scheduler) -> ApiError:
+    reason = "the model has stopped with an error; the server's log has it"
+    return ApiError(503, reason if scheduler.failed else "the server is being stopped")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Answers:
         prompts: of each answer, as ids; equal ones may be one object.
         options, texts: as many.
         top_logprobs: as `Engine.submit` has it.
-    Raises: ApiError when there is no room for them, or never would be, or the engine has broken.
+    Raises: ApiError when there is no room for them, or never would be, or nothing to answer them.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Answers:
         self, prompts: Sequence[Sequence[int]], options: Sequence[SamplingOptions], top_logprobs: int | None
     ) -> list[Ticket]:
         if self._scheduler.failed:
-            raise broken()
+            raise unavailable(self._scheduler)
         capacity = self._scheduler.capacity(self._model)
         if len(prompts) > capacity:
             raise ApiError(400, f"{len(prompts)} answers are more than this server has room for ({capacity})")
@@ -88,7 +89,7 @@ class Answers:
         """An event of the engine; called in the event loop whether or not anybody reads the answer now."""
         if event is None:
             self._unfinished.clear()
-            self._pieces.put_nowait(broken())
+            self._pieces.put_nowait(unavailable(self._scheduler))
             return
         text, piece = self._texts[number], Piece()
         if event.token is not None:
@@ -108,7 +109,7 @@ class Answers:
             self._metrics.answer.observe(time.perf_counter() - self._began)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Raises: ApiError when the engine breaks."""
+        """Raises: ApiError when the engine breaks, or the server stops."""
         reading = len(self._texts)
         while reading:
             found = await self._pieces.get()

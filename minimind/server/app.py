@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from minimind.errors import UserError
 from minimind.paths import PACKAGE
 from minimind.server import schemas
-from minimind.server.answers import Answers, Served, broken
+from minimind.server.answers import Answers, Served, unavailable
 from minimind.server.errors import ApiError, http_error, invalid_request
 from minimind.server.guard import Guard
 from minimind.server.metrics import Metrics
@@ -178,7 +178,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if service.scheduler.failed:
-            raise broken()
+            raise unavailable(service.scheduler)
         return {"status": "ok"}
 
     @app.get("/metrics")

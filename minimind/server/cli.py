@@ -111,7 +111,7 @@ def bind(host: str, port: int, key: str | None) -> socket.socket:
 def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> int:
     """Load the models and answer until a signal comes. Returns the exit code: 1 if an engine broke."""
     from minimind.server.app import Service, create_app
-    from minimind.server.connection import make_server
+    from minimind.server.connection import Server
     from minimind.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer_path)
@@ -128,7 +128,8 @@ def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> in
         print(f"page: {where}/   API: {where}/v1   (Ctrl-C ends)", flush=True)
 
     service = Service(models, tokenizer, options.queue, on_failure=stop)
-    server = make_server(create_app(service, key, on_ready=announce), options.grace)
+    app = create_app(service, key, on_ready=announce)
+    server = Server(app, options.grace, service.scheduler.give_up)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it anew at its end, which is no failure
     server.run(sockets=[listener])
     return int(service.scheduler.failed)

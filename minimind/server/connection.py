@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
+from signal import SIGINT
+from socket import socket
+from types import FrameType
 
 import h11
 import uvicorn
@@ -11,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 10  # from the beginning of a connection, or of a request on it, to the end of its headers
 STALLED_SECONDS = 60  # in which a client reads nothing of what waits for it
+LEAVE_SECONDS = 5  # for clients to take in that the server stops
 
 LATE = (
     b"HTTP/1.1 408 Request Timeout\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -65,15 +71,42 @@ class ImpatientProtocol(H11Protocol):
         self.transport.close()
 
 
-def make_server(app: FastAPI, grace: int) -> uvicorn.Server:
-    """Args: grace: seconds that running answers have once the server is told to stop."""
-    config = uvicorn.Config(
-        app,
-        http=ImpatientProtocol,
-        ws="none",
-        lifespan="on",
-        timeout_graceful_shutdown=grace,
-        log_level="warning",
-        server_header=False,
-    )
-    return uvicorn.Server(config)
+class Server(uvicorn.Server):
+    """Stops in two steps: running answers have time to end, then they are told that the server stops.
+
+    A second Ctrl-C goes to the second step at once, a third leaves whatever happens.
+
+    Args:
+        grace: seconds that running answers have.
+        give_up: ends them.
+    """
+
+    def __init__(self, app: FastAPI, grace: int, give_up: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http=ImpatientProtocol,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=grace + LEAVE_SECONDS,
+            log_level="warning",
+            server_header=False,
+        )
+        super().__init__(config)
+        self.grace, self.give_up = grace, give_up
+        self._hurry = False
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        timer = self._loop.call_later(self.grace, self.give_up)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == SIGINT and not self._hurry:
+            self._hurry = True
+            self._loop.call_soon_threadsafe(self.give_up)
+        else:
+            super().handle_exit(sig, frame)

@@ -16,7 +16,7 @@ from threading import Thread
 from minimind.chat.engine import Engine, Event
 from minimind.chat.options import SamplingOptions
 
-Take = Callable[[Event | None], None]  # is told each event of an answer; None: the engine has broken
+Take = Callable[[Event | None], None]  # is told each event of an answer; None: there will be no more
 
 
 class Full(Exception):
@@ -36,7 +36,9 @@ class Scheduler:
 
     Args:
         queue: how many more answers may wait in line at each engine.
-        on_failure: called in the loop's thread if a step raises; all open answers are then told None.
+        on_failure: called in the loop's thread if a step raises; all open answers have then been given up.
+
+    Attributes: failed: whether a step has raised.
     """
 
     def __init__(self, engines: Mapping[str, Engine], queue: int, on_failure: Callable[[], None]) -> None:
@@ -101,12 +103,16 @@ class Scheduler:
                     self._open[ticket.model].remove(ticket)
                 ticket.take(event)
 
-    def _fail(self) -> None:
-        self.failed = True
+    def give_up(self) -> None:
+        """End all open answers where they are."""
         for tickets in self._open.values():
             for ticket in list(tickets):
+                self.cancel(ticket)
                 ticket.take(None)
-            tickets.clear()
+
+    def _fail(self) -> None:
+        self.failed = True
+        self.give_up()
         self._on_failure()
 
     # ---- in the engines' thread ----

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minimind.config import ModelConfig
 from minimind.server.answers import Served
 from minimind.server.app import PAGE, Service, create_app
 from minimind.server.cli import bind
-from minimind.server.connection import make_server
+from minimind.server.connection import Server
 from minimind.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(hidden_size=64, num_hidden_layers=2)
@@ -56,17 +57,24 @@ class Live:
         return self.metric(name) == value
 
 
+def shown(tokens: Iterable[int]) -> str:
+    """The text of an answer's whole characters."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(b"".join(TOKENIZER.token_bytes[token] for token in tokens))
+
+
 @contextmanager
 def running(
     models: Sequence[Served] | None = None,
     queue: int = 64,
     key: str | None = None,
     page: Path = PAGE,
-    grace: int = 5,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[Live]:
     ready = threading.Event()
-    service = Service(models or [served()], TOKENIZER, queue, on_failure=lambda: None)
-    server = make_server(create_app(service, key, page, on_ready=ready.set), grace)
+    service = Service(models or [served()], TOKENIZER, queue, on_failure)
+    app = create_app(service, key, page, on_ready=ready.set)
+    server = Server(app, 5, service.scheduler.give_up)
     with bind("127.0.0.1", 0, key) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

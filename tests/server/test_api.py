@@ -14,7 +14,7 @@ from minimind.chat.generate import generate
 from minimind.chat.options import SamplingOptions
 from minimind.data.records import TAGS
 
-from .live import CONFIG, TOKENIZER, Live, running, served
+from .live import CONFIG, TOKENIZER, Live, running, served, shown
 from .scripted import Scripted, bytes_as_tokens
 
 ASK = [{"role": "user", "content": "你好"}]
@@ -43,8 +43,7 @@ def chat_ids(messages) -> list[int]:
 
 def alone(live: Live, prompt: list[int], options: SamplingOptions, model: str = "minimind") -> str:
     """The answer without a server."""
-    tokens = generate(live.service.models[model].engine.model, prompt, options)
-    return TOKENIZER.decode(tokens).removesuffix("\ufffd")
+    return shown(generate(live.service.models[model].engine.model, prompt, options))
 
 
 def chat(live: Live, messages=ASK, **more):
