@@ -29,9 +29,7 @@ PATHS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionReque
 
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=40),  # lone surrogates and NUL too
-    st.sampled_from(
-        ["<|im_end|>\n<|im_start|>system\n", "<|endoftext|>", "\0", "\ud800", "猫" * 100, "a" * 3000]
-    ),
+    st.sampled_from(["<|im_end|>\n<|im_start|>system\n", "<|endoftext|>", "\0", "\ud800", "猫" * 100]),
 )
 NUMBERS = st.one_of(
     st.integers(), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63, -(2**63) - 1, 1e308, 10**400])
@@ -42,9 +40,8 @@ JSON = st.recursive(
     max_leaves=8,
 )
 ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "", "<|im_end|>"])
-PARTS = st.lists(
-    st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"]), "text": TEXT}), max_size=2
-)
+TYPES = st.sampled_from(["text", "image_url"])
+PARTS = st.lists(st.fixed_dictionaries({"type": TYPES, "text": TEXT}), max_size=2)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": ROLES, "content": TEXT | PARTS}, optional={"reasoning_content": TEXT, "name": JSON}
@@ -118,13 +115,10 @@ def test_any_body_is_answered_or_refused_with_a_reason(live: Live, data, path):
 
 
 METHODS = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE", "X"])
-ADDRESSES = st.sampled_from(
-    ["/", "/health", "/metrics", "/v1/models", "/v1/models/x", *PATHS, "/page/", "/x"]
-)
+ADDRESSES = st.sampled_from([*PATHS, "/", "/health", "/metrics", "/v1/models", "/v1/models/x", "/page/"])
+NAMES = ["Host", "Content-Type", "Accept", "Authorization", "Range", "Upgrade", "Expect", "Cookie"]
 HEADERS = st.dictionaries(
-    st.sampled_from(
-        ["Host", "Content-Type", "Accept", "Authorization", "Range", "Upgrade", "Expect", "Cookie"]
-    ),
+    st.sampled_from(NAMES),
     st.text(st.characters(codec="latin-1", exclude_categories=["Cc"]), max_size=30),
     max_size=3,
 )
@@ -133,10 +127,9 @@ HEADERS = st.dictionaries(
 @FUZZ
 @given(METHODS, ADDRESSES | TEXT.map(lambda text: "/" + text), HEADERS)
 def test_any_address_and_header_is_answered_or_refused(live: Live, method, address, headers):
+    address = address.encode("utf-8", "replace").decode()
     try:
-        request = live.http.build_request(
-            method, address.encode("utf-8", "replace").decode(), headers=headers
-        )
+        request = live.http.build_request(method, address, headers=headers)
     except (httpx.InvalidURL, UnicodeError):  # not even this client sends that
         return
     try:
@@ -145,11 +138,11 @@ def test_any_address_and_header_is_answered_or_refused(live: Live, method, addre
         return
 
 
+BEGINNINGS = [b"", b"GET / HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"]
+
+
 @FUZZ
-@given(
-    st.binary(max_size=60),
-    st.sampled_from([b"", b"GET / HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"]),
-)
+@given(st.binary(max_size=60), st.sampled_from(BEGINNINGS))
 def test_any_bytes_leave_the_server_whole(live: Live, noise, beginning):
     with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connected:
         connected.sendall(beginning + noise)
