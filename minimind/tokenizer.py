@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 END_OF_TEXT, IM_START, IM_END = CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+MOST_KEPT_ROLES = 64  # messages of a conversation whose template is kept
 TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 Message = dict[str, str]  # {"role": "user", "content": "…"}
@@ -199,7 +200,9 @@ class Tokenizer:
         roles = tuple(message["role"] for message in messages)
         ids: list[int] = []
         mask: list[int] = []
-        for piece, piece_mask, index in self._chat_pieces(roles, add_generation_prompt):
+        # Long ones are not kept: there are too many kinds, and whoever sends them to a server has them made up.
+        pieces_of = self._chat_pieces if len(roles) <= MOST_KEPT_ROLES else self._encode_chat_pieces
+        for piece, piece_mask, index in pieces_of(roles, add_generation_prompt):
             ids += piece
             mask += piece_mask
             if index is not None:

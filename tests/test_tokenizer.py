@@ -139,6 +139,15 @@ def test_mask_covers_answers_and_the_end_token_that_closes_them(either):
     assert sum(either.encode_chat(CONVERSATION[:2], add_generation_prompt=True)[1]) == 0
 
 
+def test_templates_of_long_conversations_are_not_kept(tokenizer):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 50
+    tokenizer.encode_chat(messages[:2])
+    kept = tokenizer._chat_pieces.cache_info().currsize
+    ids, _ = tokenizer.encode_chat(messages)
+    assert tokenizer._chat_pieces.cache_info().currsize == kept > 0
+    assert ids == tokenizer.encode_chat(messages[:2])[0] * 50
+
+
 def test_a_batch_of_chats_is_each_chat(either):
     conversations = [CONVERSATION, CONVERSATION[:3], CONVERSATION[1:]]
     assert either.encode_chat_batch(conversations) == [either.encode_chat(c) for c in conversations]

@@ -18,7 +18,7 @@ from minimind.server.errors import ApiError
 from minimind.server.metrics import Metrics
 
 PRIVATE = ("/v1/", "/metrics", "/openapi.json")  # beginnings of paths that need the key, where there is one
-MAX_BODY = 4 << 20  # bytes
+MAX_BODY = 2 << 20  # bytes
 BODY_SECONDS = 30
 
 

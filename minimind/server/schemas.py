@@ -6,7 +6,7 @@ cannot change it (`user`, `metadata`, …) is passed over. `null` means that the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from minimind.chat.options import SamplingOptions
 
 MAX_ANSWERS = 128  # of one request
+MAX_MESSAGES, MAX_FIELDS = 8192, 100  # far more than are sensible: what is checked takes time
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 INT32 = 2**31 - 1
 
@@ -62,6 +63,8 @@ def string_or_list(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a string"
 
 
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]  # told by its first mistake
 Text = Annotated[str, AfterValidator(without_nul)]
 Stop = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -76,6 +79,8 @@ class Schema(BaseModel):
         """Without the fields that are null or have no effect."""
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:
+            raise ValueError(f"an object of {len(value)} fields; there are not so many")
         return {k: v for k, v in value.items() if v is not None and k not in cls.passed_over}
 
 
@@ -91,7 +96,7 @@ class Message(Schema):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[Text, Tag("a string")] | Annotated[list[TextPart], Tag("a list")],
+        Annotated[Text, Tag("a string")] | Annotated[Many[TextPart], Tag("a list")],
         Discriminator(string_or_list),
     ]
     reasoning_content: Text = ""
@@ -168,7 +173,7 @@ class Request(Schema):
 
 
 class ChatRequest(Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)

@@ -88,8 +88,10 @@ def contents(draw, path: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def live():
-    with running([served(max_length=64)]) as live:
+def live(tmp_path_factory):
+    page = tmp_path_factory.mktemp("page")
+    (page / "index.html").touch()
+    with running([served(max_length=64)], page=page) as live:
         yield live
         assert live.eventually("answers_running", 0)
         assert live.http.post("/v1/completions", json={"prompt": "a"}).status_code == 200

@@ -207,8 +207,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_huge_body_is_refused_before_it_is_read(announced, monkeypatch):
-    monkeypatch.setattr(guard, "MAX_BODY", 2 << 20)
+def test_a_huge_body_is_refused_before_it_is_read(announced):
     size = 64 << 20
 
     def parts():
