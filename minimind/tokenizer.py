@@ -200,7 +200,7 @@ class Tokenizer:
         roles = tuple(message["role"] for message in messages)
         ids: list[int] = []
         mask: list[int] = []
-        # Long ones are not kept: there are too many kinds, and whoever sends them to a server has them made up.
+        # Long ones are not kept: a server may be sent no end of them, all different.
         pieces_of = self._chat_pieces if len(roles) <= MOST_KEPT_ROLES else self._encode_chat_pieces
         for piece, piece_mask, index in pieces_of(roles, add_generation_prompt):
             ids += piece

@@ -39,13 +39,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
-ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "", "<|im_end|>"])
-TYPES = st.sampled_from(["text", "image_url"])
+ROLES = st.sampled_from(["system", "developer", *["user", "assistant"] * 4, "tool", "<|im_end|>"])
+TYPES = st.sampled_from([*["text"] * 4, "image_url"])
 PARTS = st.lists(st.fixed_dictionaries({"type": TYPES, "text": TEXT}), max_size=2)
+MESSAGE = {"role": ROLES, "content": TEXT | PARTS}
 MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {"role": ROLES, "content": TEXT | PARTS}, optional={"reasoning_content": TEXT, "name": JSON}
-    ),
+    st.fixed_dictionaries(MESSAGE, optional={"reasoning_content": TEXT, "name": JSON}),
     max_size=3,
 )
 LIKELY = {  # values that often pass, so that others are looked at too
@@ -67,11 +66,12 @@ def bodies(draw, path: str) -> dict:
     """An object with the fields of a request, most of them sensible."""
     needed = ("messages",) if "chat" in path else ("prompt",)
     fields = {name: draw(LIKELY[name]) for name in needed}
-    names = [*PATHS[path].model_fields, *ONLY_AS, *sorted(WITHOUT_EFFECT)]
-    for name in draw(st.lists(st.sampled_from(names), max_size=5)):
-        fields[name] = draw(st.one_of(LIKELY.get(name, JSON), JSON))
-    if draw(st.integers(0, 9)) == 0:
-        fields |= draw(st.dictionaries(TEXT, JSON, max_size=2))
+    known = [name for name in LIKELY if name in PATHS[path].model_fields]
+    for name in draw(st.lists(st.sampled_from(known), max_size=5)):
+        fields[name] = draw(LIKELY[name])
+    if draw(st.booleans()):
+        names = st.sampled_from([*PATHS[path].model_fields, *ONLY_AS, *sorted(WITHOUT_EFFECT)])
+        fields |= draw(st.dictionaries(names | TEXT, JSON, max_size=2))
     return {"max_tokens": 2} | fields
 
 
