@@ -14,12 +14,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from minimind.errors import UserError
-from minimind.paths import PACKAGE
 from minimind.server import schemas
 from minimind.server.answers import Answers, Served, unavailable
 from minimind.server.errors import ApiError, http_error, invalid_request
@@ -28,10 +26,10 @@ from minimind.server.metrics import Metrics
 from minimind.server.prompts import chat_prompt, text_prompt
 from minimind.server.responses import Chat, Completion, EventStream, Shape
 from minimind.server.scheduler import Scheduler
+from minimind.server.static import PAGE, add_page
 from minimind.server.text import AnswerText
 from minimind.tokenizer import Tokenizer
 
-PAGE = PACKAGE / "server" / "page"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
 CLIENT_LEFT = 499  # nginx's status for it, seen in metrics only
 
@@ -145,9 +143,7 @@ def create_app(
     app = FastAPI(title="MiniMind", lifespan=lifespan, docs_url=None, redoc_url=None)
     add_errors(app)
     add_routes(app, service)
-    if page.is_dir():
-        app.mount("/page", StaticFiles(directory=page, html=True))
-        app.mount("/", StaticFiles(directory=page, html=True))
+    add_page(app, page)
     app.add_middleware(Guard, api_key=api_key, metrics=service.metrics, counted=PATHS)
     return app
 

@@ -17,9 +17,10 @@ from minimind.chat.engine import Engine
 from minimind.chat.inference import InferenceModel
 from minimind.config import ModelConfig
 from minimind.server.answers import Served
-from minimind.server.app import PAGE, Service, create_app
+from minimind.server.app import Service, create_app
 from minimind.server.cli import bind
 from minimind.server.connection import Server
+from minimind.server.static import PAGE
 from minimind.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(hidden_size=64, num_hidden_layers=2)

@@ -530,7 +530,14 @@ def test_the_page_is_served_and_nothing_beside_it(tmp_path):
     (tmp_path / "secret").write_text("secret")
     with running(page=tmp_path / "page") as live:
         for path in ("/", "/page/", "/page/index.html"):
-            assert "MiniMind" in live.http.get(path).text
+            response = live.http.get(path)
+            assert "MiniMind" in response.text
+            assert response.headers["Content-Security-Policy"].startswith(
+                "default-src 'none'; script-src 'self'"
+            )
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            etag = {"If-None-Match": response.headers["ETag"]}
+            assert live.http.get(path, headers=etag).status_code == 304
         assert live.http.get("/chat.js").text == live.http.get("/page/chat.js").text == "1"
         for path in ("/../secret", "/%2e%2e/secret", "/page/..%2fsecret", "/page/%00", "/" + "x" * 5000):
             assert live.http.get(path).status_code in (400, 404)

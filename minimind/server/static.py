@@ -1,0 +1,35 @@
+"""The files of the web page, with the headers that let it do no more than it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from minimind.paths import PACKAGE
+
+PAGE = PACKAGE / "server" / "page"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",  # after an upgrade no file may be older than the others
+}
+
+
+class PageFiles(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
+
+
+def add_page(app: FastAPI, folder: Path) -> None:
+    """Serve `folder` at /page, and also at /, where its index.html is the page itself."""
+    if folder.is_dir():
+        app.mount("/page", PageFiles(directory=folder, html=True))
+        app.mount("/", PageFiles(directory=folder, html=True))
