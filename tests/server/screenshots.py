@@ -110,7 +110,13 @@ def main() -> None:
 
         stub.models = [model("minimind", "reason", reasoning=True), *MODELS[1:]]
         page = visit(locale="zh-CN", viewport=WIDE)
-        ask(page, stub, "两列火车相向而行，时速 60 和 90 千米，相距 450 千米，几小时后相遇？", TRAIN, TRAIN_THOUGHTS)
+        ask(
+            page,
+            stub,
+            "两列火车相向而行，时速 60 和 90 千米，相距 450 千米，几小时后相遇？",
+            TRAIN,
+            TRAIN_THOUGHTS,
+        )
         page.locator("summary").click()
         shoot("thinking")
 

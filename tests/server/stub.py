@@ -118,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         body = (PAGE / name).read_bytes()
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
         policy = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        self.send(200, body, {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-cache", **policy})
+        self.send(
+            200, body, {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-cache", **policy}
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

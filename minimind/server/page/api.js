@@ -1,6 +1,7 @@
 /** The server's OpenAI-compatible API: the list of models, and answers while they come. */
 
 const KEY = "minimind.key";
+const SENDABLE = /^[\x21-\x7e]*$/; // what a header can hold
 
 /** What went wrong, for `error_{kind}` in the tables of strings. */
 export class ApiError extends Error {
@@ -63,7 +64,7 @@ export class Api {
   async request(path, init) {
     for (;;) {
       const key = readKey();
-      const response = await send(path, init, key);
+      const response = SENDABLE.test(key) ? await send(path, init, key) : { ok: false, status: 401 };
       if (response.ok) return response;
       if (response.status !== 401) throw await errorOf(response);
       if (key === readKey()) {

@@ -12,6 +12,7 @@ import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
 
 const page = document.querySelector(".page");
+const keyDialog = document.getElementById("key-dialog");
 const find = (selector) => page.querySelector(selector);
 const onClick = (selector, act) => find(selector).addEventListener("click", act);
 
@@ -90,7 +91,7 @@ onClick(".bar-new", newChat);
 onClick(".open-settings", () => panel.open());
 onClick(".to-end", () => chat.toEnd());
 onClick(".examples", ({ target }) => target.matches("button") && chat.send(target.textContent));
-document.querySelector("#key-dialog .cancel").addEventListener("click", () => document.getElementById("key-dialog").close());
+keyDialog.querySelector(".cancel").addEventListener("click", () => keyDialog.close());
 addEventListener("popstate", () => chat.open(location.hash.slice(1)));
 
 let language = document.documentElement.lang;
