@@ -9,6 +9,7 @@ import json
 import mimetypes
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
@@ -169,3 +170,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def main() -> None:
+    """Serve the page until Ctrl-C, with an answer of every kind in turn."""
+    stub = Stub(port=8765)
+    thoughts = list("先想一想，再验算一遍。" * 8)
+    table = "| 一 | 二 |\n|---|---|\n| 1 | 2 |"
+    text = list(f"你好！这里有**粗体**、`代码`和一张表：\n\n{table}\n\n```python\nx = 1\n```\n")
+    kinds = [
+        Answer(text, pause=0.03),
+        Answer(text, thoughts, pause=0.05),
+        Answer(text, pause=0.03, finish=None),
+        Answer(text, pause=0.03, finish="length"),
+        Answer(status=429, error="queue full", headers={"Retry-After": "5"}),
+        Answer(status=500, error="out of memory"),
+    ]
+    stub.answers = kinds * 1000
+    print(f"{stub.url}  (Ctrl-C ends it)")
+    with suppress(KeyboardInterrupt):
+        stub.thread.join()
+    stub.close()
+
+
+if __name__ == "__main__":
+    main()

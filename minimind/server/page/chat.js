@@ -25,6 +25,7 @@ export class Chat {
       this.atEnd = this.isNearEnd();
       onScroll(this.atEnd);
     });
+    new ResizeObserver(() => this.followEnd()).observe(log); // a keyboard came up, the composer grew
   }
 
   /** What writes the last message of the conversation shown, or undefined. */
@@ -63,6 +64,10 @@ export class Chat {
       if (last || view.wasLast !== last) view.update(last ? this.generation : undefined, last);
       view.wasLast = last;
     });
+    this.followEnd();
+  }
+
+  followEnd() {
     if (this.atEnd) this.log.scrollTop = this.log.scrollHeight;
     this.onScroll(this.isNearEnd());
   }
@@ -74,7 +79,7 @@ export class Chat {
 
   toEnd() {
     this.atEnd = true;
-    this.update();
+    this.followEnd();
   }
 
   questionView(message) {
@@ -125,7 +130,8 @@ export class Chat {
     const generation = new Generation(this.api, conversation, message, this.models.current);
     this.generations.set(conversation, generation);
     this.store.save(conversation);
-    this.toEnd();
+    this.atEnd = true;
+    this.update();
     this.onChange();
     announce(t("answering"));
 

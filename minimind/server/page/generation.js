@@ -36,7 +36,8 @@ export class Generation {
     } catch (error) {
       if (this.abort.signal.aborted) message.finish = "stopped";
       else if (error instanceof ApiError) {
-        message.error = { kind: error.kind, message: error.message, retryAfter: error.retryAfter };
+        const retryAt = Date.now() + error.retryAfter * 1000;
+        message.error = { kind: error.kind, message: error.message, retryAt };
       } else throw error;
     } finally {
       this.endThinking();

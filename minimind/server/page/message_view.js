@@ -133,14 +133,11 @@ export class AnswerView {
   /** Where the server asked to wait, the button counts down first. */
   retryButton(error) {
     const button = element("button", { type: "button", class: "plain", click: () => this.actions.again() });
-    const until = performance.now() + error.retryAfter * 1000;
     const show = () => {
-      const seconds = Math.ceil((until - performance.now()) / 1000);
+      const seconds = Math.ceil((error.retryAt - Date.now()) / 1000);
       button.disabled = seconds > 0;
       button.textContent = seconds > 0 ? t("retryIn", { seconds }) : t("retry");
-      if (seconds > 0) return;
-      clearInterval(this.countdown);
-      error.retryAfter = 0;
+      if (seconds <= 0) clearInterval(this.countdown);
     };
     this.countdown = setInterval(show, 250);
     show();
@@ -158,8 +155,9 @@ export class AnswerView {
   }
 
   figures() {
-    const { finish, error, tokens, prompt, speed, most } = this.message;
+    const { content, reasoning, finish, error, tokens, prompt, speed, most } = this.message;
     const figures = [];
+    if (finish === "stop" && !content && !reasoning) figures.push(t("empty"));
     if (finish === "stopped" && !error) figures.push(t("stopped"));
     if (finish === "length") figures.push(t("cutOff"));
     if (tokens !== undefined) figures.push(t("tokens", { count: number(tokens) }));

@@ -13,6 +13,7 @@ export class Models {
     this.select = select;
     this.onTrouble = onTrouble;
     this.list = [];
+    this.failed = false;
     this.show();
     select.addEventListener("change", () => this.choose(select.value));
   }
@@ -23,9 +24,11 @@ export class Models {
   }
 
   async load() {
+    this.failed = false;
     try {
       this.list = await this.api.models();
     } catch (error) {
+      this.failed = true;
       this.onTrouble(error);
     }
     this.show();
@@ -50,7 +53,8 @@ export class Models {
       ? [group(t("baseWeights"), bases), group(t("adapters"), adapters)].filter(Boolean)
       : bases.map(option);
     const chosen = this.select.value || kept();
-    this.select.replaceChildren(...(groups.length ? groups : [element("option", { value: "" }, t("modelsLoading"))]));
+    const none = element("option", { value: "" }, t(this.failed ? "error_models" : "modelsLoading"));
+    this.select.replaceChildren(...(groups.length ? groups : [none]));
     this.select.disabled = this.list.length === 0;
     const known = this.list.find((model) => model.id === chosen) ?? bases[0] ?? this.list[0];
     if (known) this.select.value = known.id;

@@ -16,7 +16,9 @@ const settings = { ...defaults(), system: "" };
 load();
 
 /** The value of `name` as it stands. */
-export const setting = (name) => settings[name];
+export function setting(name) {
+  return name === "max_tokens" ? Math.min(settings.max_tokens, FIELDS.max_tokens.max) : settings[name];
+}
 
 /** Set `name` to the nearest value that makes sense, and keep it. Returns that value. */
 export function set(name, value) {
@@ -38,8 +40,8 @@ export function limitTokens(tokens) {
 
 /** The fields of a request for an answer. */
 export function requestFields() {
-  const { temperature, top_p, top_k, repetition_penalty, max_tokens, seed } = settings;
-  const fields = { temperature, top_p, repetition_penalty, max_tokens: Math.min(max_tokens, FIELDS.max_tokens.max) };
+  const { temperature, top_p, top_k, repetition_penalty, seed } = settings;
+  const fields = { temperature, top_p, repetition_penalty, max_tokens: setting("max_tokens") };
   if (top_k > 0) fields.top_k = top_k;
   if (seed !== null) fields.seed = seed;
   return fields;

@@ -38,6 +38,7 @@ export class Sidebar {
   }
 
   update() {
+    if (this.list.querySelector(".rename")) return; // it updates the list when it is done
     const focused = this.list.contains(document.activeElement) ? document.activeElement.dataset.id : undefined;
     const rows = this.store.list().map((conversation) => this.row(conversation));
     this.list.replaceChildren(...rows);
@@ -74,6 +75,7 @@ export class Sidebar {
         conversation.title = input.value.trim();
         this.store.save(conversation);
       }
+      row.remove();
       this.update();
       this.list.querySelector(`[data-id="${conversation.id}"]`)?.focus();
     };

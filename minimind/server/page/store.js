@@ -147,7 +147,7 @@ function messageFrom(value) {
     tokens: finite(value.tokens),
     most: finite(value.most),
     finish: string(value.finish) || "stopped", // the page was left while it came
-    error: error ? { kind: string(error.kind), message: string(error.message), retryAfter: 0 } : undefined,
+    error: error ? { kind: string(error.kind), message: string(error.message), retryAt: 0 } : undefined,
   };
 }
 

@@ -63,6 +63,7 @@ export default {
   tokens: "{count} tokens",
   speed: "{speed} tokens/s",
   context: "context {used} / {most}",
+  empty: "The answer is empty",
   stopped: "Stopped",
   cutOff: "Cut off at the length limit",
 

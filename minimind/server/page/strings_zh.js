@@ -63,6 +63,7 @@ export default {
   tokens: "{count} token",
   speed: "{speed} token/s",
   context: "上下文 {used} / {most}",
+  empty: "回答是空的",
   stopped: "已停止",
   cutOff: "到达长度上限，回答未完",
 
