@@ -16,7 +16,7 @@ export class Sidebar {
     this.list = this.sidebar.querySelector(".chats");
     toggle.addEventListener("click", () => this.setOpen(!this.open));
     page.querySelector(".backdrop").addEventListener("click", () => this.setOpen(false));
-    page.addEventListener("keydown", (event) => {
+    document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.open && NARROW.matches && !isComposing(event)) this.setOpen(false);
     });
     NARROW.addEventListener("change", () => this.setOpen(!NARROW.matches));

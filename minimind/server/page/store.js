@@ -136,7 +136,8 @@ function conversationFrom(value) {
 function messageFrom(value) {
   if (!["user", "assistant"].includes(value?.role) || typeof value.content !== "string") return null;
   if (value.role === "user") return { role: "user", content: value.content };
-  const { error } = value;
+  const finish = string(value.finish);
+  const error = value.error ?? (finish ? null : { kind: "broken" }); // the page was left while the answer came
   return {
     role: "assistant",
     content: value.content,
@@ -146,7 +147,7 @@ function messageFrom(value) {
     prompt: finite(value.prompt),
     tokens: finite(value.tokens),
     most: finite(value.most),
-    finish: string(value.finish) || "stopped", // the page was left while it came
+    finish: finish || "error",
     error: error ? { kind: string(error.kind), message: string(error.message), retryAt: 0 } : undefined,
   };
 }
