@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+
+from PIL import Image
 
 from tests.server.browser import chromium
 from tests.server.stub import MODELS, Answer, Stub, model
@@ -10,6 +13,7 @@ from tests.server.stub import MODELS, Answer, Stub, model
 IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
 WIDE = {"width": 1280, "height": 820}
 PHONE = {"width": 360, "height": 720}
+PAUSE = 0.02  # seconds between tokens
 
 POEM = """《秋夕》
 
@@ -69,7 +73,7 @@ def pieces(text: str) -> list[str]:
 
 
 def ask(page, stub: Stub, question: str, answer: str, thinking: str = "") -> None:
-    stub.answers = [Answer(pieces(answer), pieces(thinking), pause=0.006)]
+    stub.answers = [Answer(pieces(answer), pieces(thinking), pause=PAUSE)]
     page.get_by_role("textbox").first.fill(question)
     page.keyboard.press("Enter")
     page.locator(".answer").last.locator(".figures").wait_for()
@@ -81,7 +85,9 @@ def main() -> None:
 
     def shoot(name: str) -> None:
         page.wait_for_timeout(400)
-        page.screenshot(path=IMAGES / f"page_{name}.png")
+        picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
+        # 128 colours are enough for grounds, text and its smoothing, and a third of the size.
+        picture.quantize(128, dither=Image.Dither.NONE).save(IMAGES / f"page_{name}.png", optimize=True)
 
     def visit(**options):
         page = browser.new_context(**options).new_page()
@@ -93,7 +99,6 @@ def main() -> None:
         for question in ("推荐三道简单的家常菜", "“画蛇添足”是什么意思？", "感冒了可以喝绿茶吗"):
             ask(page, stub, question, "好的。")
             page.get_by_role("button", name="新对话").first.click()
-        shoot("welcome")
         ask(page, stub, "写一首关于秋天的短诗", POEM)
         ask(page, stub, "怎么用 Python 找出一段文字里出现最多的词？", PYTHON)
         page.mouse.move(700, 300)
@@ -105,6 +110,7 @@ def main() -> None:
         for question in ("Introduce yourself", "Write a haiku about the sea"):
             ask(page, stub, question, "Hello.")
             page.get_by_role("button", name="New chat").first.click()
+        page.mouse.move(700, 300)
         ask(page, stub, "Why do leaves change colour in autumn?", LEAVES)
         shoot("english_dark")
 
@@ -118,6 +124,7 @@ def main() -> None:
             TRAIN_THOUGHTS,
         )
         page.locator("summary").click()
+        page.mouse.move(700, 600)
         shoot("thinking")
 
         page = visit(locale="zh-CN", viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2)

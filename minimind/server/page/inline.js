@@ -22,6 +22,7 @@ const TOKEN = new RegExp(
   "gi",
 );
 const DESTINATION = /\(\s*<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+const TIMES = /\w\*\w|[\d)%] ?\*[\d($.]/; // 2*3*4, (5 - 2)*$6, 20% *3: a product, as models write it
 const DEEPEST = 16; // emphasis in emphasis; deeper stays text, for a browser's layout is recursive
 
 /** `text` as a DocumentFragment. */
@@ -143,8 +144,8 @@ function flanks(text, start, end) {
     const word = /[\p{L}\p{N}]/u;
     opens &&= !word.test(before); // some_snake_case
     closes &&= !word.test(after);
-  } else if (text[start] === "*" && end - start === 1 && /\w\*\w/.test(before + "*" + after)) {
-    opens = closes = false; // 2*3*4
+  } else if (text[start] === "*" && end - start === 1 && TIMES.test(text.slice(Math.max(start - 2, 0), end + 1))) {
+    opens = closes = false;
   }
   return { opens, closes };
 }
