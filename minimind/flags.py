@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 Options = TypeVar("Options")
 
 WORD = -1  # what a word means that stands for a number
+REQUIRED = object()  # the default of an argument without a name that must be given
 YES, NO = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -37,7 +38,8 @@ def flag(
     """A dataclass field that is a command-line flag, or an argument without a name.
 
     Args:
-        positional: without a name. One may be left out; a tuple takes one or more.
+        default: `REQUIRED` for an argument that may not be left out.
+        positional: without a name. A tuple takes several.
         word: stands for `WORD` where a number is wanted.
     """
     metadata = {"help": help, "choices": choices, "positional": positional, "word": word}
@@ -73,12 +75,13 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     if isinstance(hint, types.UnionType):  # `int | None`: None is only a default
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-    shown = "" if default in (None, "") else f" (default: {default})"
+    shown = "" if default in (None, "", REQUIRED) else f" (default: {default})"
     arguments = {"default": item.default, "help": (item.metadata["help"] + shown).replace("%", "%%")}
     if item.metadata["positional"]:
-        several = typing.get_origin(hint) is tuple  # one or more; else one that may be left out
-        kind, nargs = (typing.get_args(hint)[0], "+") if several else (hint, "?")
-        return arguments | {"type": kind, "nargs": nargs, "metavar": item.name.upper()}
+        several = typing.get_origin(hint) is tuple  # `minimind data download one.jsonl two.jsonl`
+        hint = typing.get_args(hint)[0] if several else hint
+        nargs = ("*" if several else "?") if default is not REQUIRED else "+" if several else None
+        return arguments | {"type": hint, "nargs": nargs, "metavar": item.name.upper()}
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
     if typing.get_origin(hint) is tuple:  # `--lora_name first second`, `--sizes_gb 0.1 1`

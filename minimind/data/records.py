@@ -20,13 +20,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypedDict, TypeVar
+from typing import BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import msgspec
 
 from minimind.errors import UserError
 
 Kind = Literal["pretrain", "conversation", "reasoning", "preference"]
+KINDS = ("auto", *get_args(Kind))  # what --kind takes; auto: `kind_of`
 OnBadRecord = Literal["stop", "skip"]
 
 BLOCK_BYTES = 1 << 20
@@ -318,3 +319,34 @@ def _check_pair(record: PreferenceRecord) -> None:
             raise InvalidLine(f"rejected[{i}]", reason)
     if chosen[-1] == rejected[-1]:
         raise InvalidLine(f"rejected[{len(rejected) - 1}].content", "the same answer as in `chosen`")
+
+
+def kind_of(path: Path) -> Kind:
+    """What the first record is. Raises: UserError where it has none of the known fields."""
+    blocks = (block for block in read_blocks(path) if not isinstance(block, BadRecord))
+    for line in (line for block in blocks for line in block.data.split(b"\n")):
+        try:
+            record = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue  # a bad record, and the next one may tell
+        fields = record if isinstance(record, dict) else {}
+        if "text" in fields:
+            return "pretrain"
+        if "chosen" in fields or "rejected" in fields:
+            return "preference"
+        if "conversations" in fields:
+            return "reasoning" if TAG.search(str(fields["conversations"])) else "conversation"
+        break
+    raise UserError(
+        f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
+        "mend it (dataset/README.md shows the formats), or give --kind"
+    )
+
+
+def text_of(record: Record) -> str:
+    """All that a record says. The two answers of a pair are different, so both are in it."""
+    if hasattr(record, "text"):
+        return record.text
+    chat = hasattr(record, "conversations")
+    messages = record.conversations if chat else record.chosen + record.rejected[-1:]
+    return "\n".join(message["content"] for message in messages)

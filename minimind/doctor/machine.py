@@ -9,8 +9,8 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-from minimind.doctor.findings import OK, PROBLEM, WARNING, Finding, verdict
 from minimind.environment import available_cores, cpu_name, machine_memory
+from minimind.findings import OK, PROBLEM, WARNING, Finding, verdict
 
 OPTIONAL = {"wandb": "--use_wandb", "transformers": "trying exports there", "peft": "trying adapters there"}
 ROOM_GB = {"memory": 4, "disk": 4}  # a small model with its checkpoints takes about half

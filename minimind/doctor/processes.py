@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minimind.doctor.findings import OK, PROBLEM, Finding, verdict
+from minimind.findings import OK, PROBLEM, Finding, verdict
 from minimind.paths import PACKAGE
 
 TIMEOUT = timedelta(seconds=60)  # nodes of a cluster do not all start at once

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from minimind.errors import UserError
 from minimind.evaluate.options import INTERRUPTED, EvalOptions, progress_bar, say
-from minimind.flags import flag, parse_flags
+from minimind.flags import REQUIRED, flag, parse_flags
 
 
 @dataclass(frozen=True)
 class BpbOptions(EvalOptions):
-    files: tuple[Path, ...] = flag((), "JSONL files in any of the formats of training", positional=True)
+    files: tuple[Path, ...] = flag(REQUIRED, "JSONL files in any of the formats of training", positional=True)
     batch_size: int = flag(8, "rows of max_seq_len tokens at once")
 
     def __post_init__(self) -> None:

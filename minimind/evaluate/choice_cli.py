@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimind.errors import UserError
 from minimind.evaluate.options import INTERRUPTED, EvalOptions, progress_bar, say
-from minimind.flags import flag, parse_flags
+from minimind.flags import REQUIRED, flag, parse_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChoiceOptions(EvalOptions):
-    files: tuple[Path, ...] = flag((), "questions of C-Eval or CMMLU, .jsonl or .csv", positional=True)
+    files: tuple[Path, ...] = flag(REQUIRED, "questions of C-Eval or CMMLU, .jsonl or .csv", positional=True)
     shots: int = flag(0, "solved examples of the subject before each question")
     examples_path: Path | None = flag(None, "file that has them: the benchmark's dev part")
     limit: int | None = flag(None, "ask only the first so many questions of each subject")

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minimind.config import ModelConfig
 from minimind.data.batches import PackedDataset
 from minimind.data.prepare import prepare
 from minimind.evaluate.bits_per_byte import bits_per_byte
-from minimind.flags import flag, parse_flags
+from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, OUT_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions
@@ -125,6 +126,21 @@ def test_wrong_flags_are_refused(argv, capsys):
         parse_flags(Example, argv, "")
     assert raised.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Named:
+    file: Path = flag(REQUIRED, "a file", positional=True)
+    others: tuple[str, ...] = flag(("a", "b"), "more", positional=True)
+    size: int = flag(3, "a number")
+
+
+def test_arguments_without_a_name(capsys):
+    assert parse_flags(Named, ["x"], "") == Named(Path("x"), ("a", "b"), 3)
+    assert parse_flags(Named, ["--size", "4", "x", "c", "d"], "") == Named(Path("x"), ["c", "d"], 4)
+    with pytest.raises(SystemExit):
+        parse_flags(Named, ["--size", "4"], "")
+    assert "arguments are required: FILE" in capsys.readouterr().err
 
 
 def test_defaults_are_paths_of_the_repository():

@@ -1,7 +1,6 @@
-"""What is wrong with the records of a data file, and where.
+"""`minimind data check DATA.jsonl`: what is wrong with the records of a data file, and where.
 
-The file is read block by block; of each record 12 bytes are kept, to find copies. Lengths in tokens come from
-the cache that training uses, so the work of tokenising is not done twice.
+Each finding is one line: OK, WARNING or PROBLEM. The exit code is 1 when there is a problem.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import re
 import sys
 from array import array
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 
 from minimind.data.prepare import prepare
-from minimind.data.records import TAG, BadRecord, Kind, Record, parse_block, read_blocks
+from minimind.data.records import KINDS, BadRecord, Kind, Record, kind_of, parse_block, read_blocks, text_of
 from minimind.data.store import TokenStore
-from minimind.doctor.findings import OK, PROBLEM, WARNING, Finding, verdict
 from minimind.errors import UserError
+from minimind.findings import OK, PROBLEM, WARNING, Finding, verdict
+from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.stages.dpo import DPOOptions
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.reason import ReasonOptions
@@ -53,6 +54,24 @@ GARBAGE = re.compile(
 GARBLED_SHARE = 0.001  # of a record's characters; one lost character in a novel does no harm
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    file: Path = flag(REQUIRED, "JSONL file, plain or .gz", positional=True)
+    kind: str = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
+    max_seq_len: int | None = flag(None, "length of a row in tokens; without it as the stage that reads them")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len is not None and self.max_seq_len < 8:
+            raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be at least 8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(CheckOptions, argv, __doc__)
+    tokenizer = Tokenizer.load(options.tokenizer_path)
+    return check(options.file, options.kind, options.max_seq_len, tokenizer)
+
+
 @dataclass
 class Flaw:
     """The records that share a flaw."""
@@ -74,7 +93,10 @@ class Flaw:
 
 
 class Look:
-    """One reading of a file: all that can be told without a tokenizer."""
+    """One reading of a file, block by block: all that can be told without a tokenizer.
+
+    12 bytes are kept of each record, to find copies.
+    """
 
     def __init__(self, path: Path, kind: Kind) -> None:
         self.bad: dict[str, Flaw] = defaultdict(Flaw)  # by reason
@@ -109,8 +131,8 @@ class Look:
         return Flaw(len(again), again[:LINES_SHOWN].tolist())
 
 
-def examine(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer) -> int:
-    """Print what is found in `path`. Returns the exit code.
+def check(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer) -> int:
+    """Print what is found in `path`. Returns the exit code. Tokens come from the cache that training uses.
 
     Raises: UserError when the file cannot be read, or its kind not be told.
     """
@@ -140,37 +162,6 @@ def examine(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer
         found = f"{flaw.count:,} ({share:.1%}) {text} ({example}{flaw.where})"
         findings.append(Finding(level, found if flaw.count else f"no {name} records"))
     return verdict(findings, "fit to train on")
-
-
-def kind_of(path: Path) -> Kind:
-    """What the first record is. Raises: UserError where it has none of the known fields."""
-    blocks = (block for block in read_blocks(path) if not isinstance(block, BadRecord))
-    for line in (line for block in blocks for line in block.data.split(b"\n")):
-        try:
-            record = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue  # a bad record, and the next one may tell
-        fields = record if isinstance(record, dict) else {}
-        if "text" in fields:
-            return "pretrain"
-        if "chosen" in fields or "rejected" in fields:
-            return "preference"
-        if "conversations" in fields:
-            return "reasoning" if TAG.search(str(fields["conversations"])) else "conversation"
-        break
-    raise UserError(
-        f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
-        "mend it (dataset/README.md shows the formats), or give --kind"
-    )
-
-
-def text_of(record: Record) -> str:
-    """All that a record says. The two answers of a pair are different, so both are in it."""
-    if hasattr(record, "text"):
-        return record.text
-    chat = hasattr(record, "conversations")
-    messages = record.conversations if chat else record.chosen + record.rejected[-1:]
-    return "\n".join(message["content"] for message in messages)
 
 
 def over_long(store: TokenStore, max_seq_len: int) -> Flaw:
