@@ -40,6 +40,7 @@ COMMANDS = {
     "eval choice": Command("minimind.evaluate.choice_cli:main", "multiple choice: C-Eval, CMMLU"),
     "eval repetition": Command("minimind.evaluate.repetition_cli:main", "how many answers end in a loop"),
     "report": Command("minimind.evaluate.run_report:main", "one HTML page about a training run"),
+    "data download": Command("minimind.data.download:main", "fetch the published data into dataset/"),
     "data check": Command("minimind.data.check:main", "find what is wrong in a data file"),
     "tokenizer": Command("minimind.tokenizer:main", "train a tokenizer of your own"),
     "estimate": Command("minimind.estimate:main", "what a stage will cost: time, money, memory"),

@@ -3,8 +3,8 @@
     minimind doctor                                              this machine
     torchrun --nproc_per_node 2 -m minimind doctor               and how the processes of a run find together
 
-Each finding is one line: OK, WARNING or PROBLEM. The exit code is 1 when there is a problem. For data there is
-`minimind data check FILE`.
+Each finding is one line: OK, WARNING or PROBLEM. The exit code is 1 when there is a problem. For data there
+is `minimind data check FILE`.
 """
 
 from __future__ import annotations
