@@ -15,6 +15,7 @@ A preference pair is two documents: the chosen one at 2i, the rejected one at 2i
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class TokenStore:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def release(self) -> None:
+        """Let go of the pages of tokens and weights read so far; what is used again is read again."""
+        for array in (self.tokens, self.weights):
+            if array is not None:
+                array.base.base.madvise(mmap.MADV_DONTNEED)  # a view of a memmap of an mmap
 
     def bad_records(self) -> Iterator[BadRecord]:
         """What was wrong in the data file, from `bad_records.jsonl`."""

@@ -1,0 +1,212 @@
+"""What a data file consists of: lengths, languages, turns, copies, and the rows that training packs it into.
+
+    minimind data stats dataset/sft_mini_512.jsonl               with a picture of the lengths in out/stats/
+    minimind data stats dataset/sft_mini_512.jsonl --json        for a program to read
+
+Tokens come from the cache that training uses. A bad record is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minimind.data.copies import find_copies
+from minimind.data.packing import CutReport, make_segments, pack
+from minimind.data.prepare import prepare
+from minimind.data.records import KINDS, BadRecord, Message, Record, kind_of, parse_block, read_blocks
+from minimind.data.scripts import LanguageCount
+from minimind.data.stats_report import draw, show
+from minimind.data.store import TokenStore
+from minimind.errors import UserError
+from minimind.flags import REQUIRED, flag, parse_flags
+from minimind.paths import OUT_DIR
+from minimind.tokenizer import Tokenizer
+
+LINES_SHOWN = 5
+CUT_TOGETHER = 1 << 14  # conversations, so that the memory of their tokens is given back in between
+
+
+@dataclass(frozen=True)
+class StatsOptions:
+    file: Path = flag(REQUIRED, "JSONL file, plain or .gz", positional=True)
+    kind: str = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
+    max_seq_len: tuple[int, ...] = flag((512, 1024), "lengths of a row in tokens, to see what is cut off")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+    picture: Path | None = flag(None, "where the picture goes; without it out/stats/ and the file's name")
+    json: bool = flag(False, "print the figures as JSON")
+
+    def __post_init__(self) -> None:
+        for length in self.max_seq_len:
+            if length < 8:
+                raise UserError(f"--max_seq_len is {length}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Records that have something in common, by their lines in the file."""
+
+    count: int
+    lines: list[int]  # of the first ones
+
+    @classmethod
+    def of(cls, lines: np.ndarray) -> Found:
+        return cls(len(lines), lines[:LINES_SHOWN].tolist())
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a record, of both conversations of a pair."""
+
+    mean: float
+    median: float
+    p90: float
+    p99: float
+    max: int
+    histogram: dict[int, int]  # records by the power of two that their length reaches
+
+    @classmethod
+    def of(cls, tokens: np.ndarray) -> Lengths:
+        median, p90, p99 = map(float, np.percentile(tokens, (50, 90, 99)))
+        powers = np.bincount(np.frexp(tokens)[1] - 1)
+        histogram = {1 << i: int(count) for i, count in enumerate(powers) if count}
+        return cls(float(tokens.mean()), median, p90, p99, int(tokens.max()), histogram)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What becomes of the records in rows of `max_seq_len` tokens; see `packing.CutReport`."""
+
+    max_seq_len: int
+    rows: int
+    padding: float  # positions without a token, of all
+    split: int  # texts made into several pieces, of which nothing is lost
+    cut: int  # conversations that lose their last answers
+    dropped: int  # conversations and pairs of which nothing fits
+    cut_tokens: int  # that are lost: of answers in conversations; all in pairs
+
+
+@dataclass(frozen=True)
+class Stats:
+    file: str
+    kind: str
+    records: int
+    bad_records: Found
+    bytes: int  # of text, as UTF-8
+    characters: int
+    tokens: int
+    target_tokens: int  # to be learnt
+    lengths: Lengths
+    languages: dict[str, float]  # shares of all letters
+    language_of_records: dict[str, int]  # that most of their letters are of
+    turns: dict[int, int]  # conversations by the number of their questions
+    copies: Found  # records that an earlier one equals
+    near_copies: Found  # that an earlier one nearly equals
+    packed: list[Packed]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_flags(StatsOptions, argv, __doc__)
+    tokenizer = Tokenizer.load(options.tokenizer_path)
+    kind = kind_of(options.file) if options.kind == "auto" else options.kind
+    progress = sys.stderr.isatty()
+    store = prepare(options.file, kind, tokenizer, on_bad_record="skip", progress=progress)
+    stats = statistics(options.file, store, tokenizer.eos_id, options.max_seq_len)
+    if options.json:
+        print(json.dumps(asdict(stats), ensure_ascii=False, indent=1))
+    else:
+        show(stats)
+    picture = options.picture or OUT_DIR / "stats" / f"{options.file.name.partition('.jsonl')[0]}.png"
+    draw(picture, record_lengths(store), options.max_seq_len)
+    print(f"lengths as a picture: {picture}", file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def statistics(path: Path, store: TokenStore, eos_id: int, max_seq_lens: Sequence[int]) -> Stats:
+    """Work out everything about `path`, whose tokens are in `store`."""
+    languages, turns = read_texts(path, store)
+    lines = store.lines[::2] if store.kind == "preference" else store.lines
+    exact, near = find_copies(store)
+    bad = [bad.line for bad in store.bad_records() if not bad.used]
+    return Stats(
+        file=str(path),
+        kind=store.kind,
+        records=len(lines),
+        bad_records=Found.of(np.array(bad, np.int64)),
+        bytes=store.meta["utf8_bytes"],
+        characters=languages.characters,
+        tokens=store.num_tokens,
+        target_tokens=store.meta["num_target_tokens"],
+        lengths=Lengths.of(record_lengths(store)),
+        languages=languages.shares(),
+        language_of_records=languages.records(),
+        turns=dict(sorted(turns.items())),
+        copies=Found.of(lines[exact]),
+        near_copies=Found.of(lines[near]),
+        packed=[pack_rows(store, length, eos_id) for length in max_seq_lens],
+    )
+
+
+def read_texts(path: Path, store: TokenStore) -> tuple[LanguageCount, Counter[int]]:
+    """One reading of the file, for what the tokens do not tell: languages, and turns of conversations."""
+    languages, turns = LanguageCount(), Counter()
+    for block in read_blocks(path):
+        if isinstance(block, BadRecord):
+            continue
+        records = [record for _, record in parse_block(block, store.kind, str(path))[0]]
+        if store.kind == "pretrain":
+            languages.add([record.text for record in records])
+            continue
+        chats = [chats_of(record) for record in records]
+        languages.add(["".join(m["content"] for chat in sides for m in chat) for sides in chats])
+        turns.update(sum(message["role"] == "user" for message in sides[0]) for sides in chats)
+    return languages, turns
+
+
+def chats_of(record: Record) -> list[list[Message]]:
+    """The conversation of a record, or both conversations of a pair."""
+    return [record.conversations] if hasattr(record, "conversations") else [record.chosen, record.rejected]
+
+
+def record_lengths(store: TokenStore) -> np.ndarray:
+    """(records,) int64, in tokens."""
+    return np.diff(store.offsets[::2] if store.kind == "preference" else store.offsets)
+
+
+def pack_rows(store: TokenStore, max_seq_len: int, eos_id: int) -> Packed:
+    """What training will make of `store` at `max_seq_len`."""
+    lengths, report = [], CutReport(0)
+    documents = np.arange(store.num_documents)
+    # Texts are poured into each other's gaps, so all are needed at once; but no token of theirs is read.
+    parts = (
+        [documents]
+        if store.kind in ("pretrain", "preference")
+        else np.split(documents, range(CUT_TOGETHER, len(documents), CUT_TOGETHER))
+    )
+    for part in parts:
+        segments, of_part = make_segments(store, part, max_seq_len, eos_id)
+        lengths.append(segments.lengths)
+        report = CutReport(
+            *(a + b for a, b in zip(vars(report).values(), vars(of_part).values(), strict=True))
+        )
+        store.release()
+    lengths = np.concatenate(lengths)
+    rows, kept = len(pack(lengths, max_seq_len)), int(lengths.sum(dtype=np.int64))
+    lost = report.lost_target_tokens
+    if store.kind == "preference":
+        lost = store.num_tokens - store.num_documents - kept  # positions of the pairs left out
+    return Packed(
+        max_seq_len=max_seq_len,
+        rows=rows,
+        padding=1 - kept / (rows * max_seq_len) if rows else 0.0,
+        split=report.split,
+        cut=report.cut,
+        dropped=report.dropped,
+        cut_tokens=lost,
+    )
