@@ -13,7 +13,6 @@ formats above do not name are ignored.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import re
@@ -148,6 +147,11 @@ def open_file(path: str | Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def unzipped(raw: BinaryIO) -> BinaryIO:
+    """The bytes of an open data file, whether it is gzipped or not."""
+    return gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP_MAGIC else raw
+
+
 def read_blocks(path: str | Path) -> Iterator[Block | BadRecord]:
     """Cut a file into blocks of whole lines: about `BLOCK_BYTES`, and `MAX_LINE_BYTES` more for a long line.
 
@@ -172,10 +176,7 @@ def _flaws_of_file(file: str, head: bytes) -> Iterator[BadRecord]:
 
 def _split_blocks(path: str | Path) -> Iterator[Block | BadRecord]:
     file, line, buffer, in_long_line = str(path), 1, bytearray(), False
-    with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(open_file(path))
-        zipped = raw.peek(2)[:2] == GZIP_MAGIC
-        stream = stack.enter_context(gzip.GzipFile(fileobj=raw)) if zipped else raw
+    with open_file(path) as raw, unzipped(raw) as stream:
         try:
             # read1 hands over what it has before a damaged place raises.
             while chunk := stream.read1(BLOCK_BYTES):
