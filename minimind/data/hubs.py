@@ -155,6 +155,8 @@ def connect(source: str) -> Hub:
         hub = HUBS[source]()
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install 'minimind[download]'") from None
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT or MODELSCOPE_ENDPOINT is no address ({error}); mend it") from None
     host, port = address(hub.endpoint)
     if not takes_connections(host, port):
         other = next(name for name in HUBS if name != source)

@@ -338,6 +338,8 @@ def kind_of(path: Path) -> Kind:
         if "conversations" in fields:
             return "reasoning" if TAG.search(str(fields["conversations"])) else "conversation"
         break
+    else:
+        raise no_records(path)
     raise UserError(
         f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
         "mend it (dataset/README.md shows the formats), or give --kind"

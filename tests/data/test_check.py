@@ -125,6 +125,9 @@ def test_the_kind_is_told_or_given(check):
     assert "no usable record; is --kind pretrain right?" in said
 
 
-def test_a_missing_file_is_a_sentence(tmp_path):
+def test_files_that_tell_nothing(check, tmp_path):
+    for lines in ([], [b"", b"\xff\x00"]):
+        with pytest.raises(UserError, match="no usable record in this file"):
+            check(lines)
     with pytest.raises(UserError, match="no such file"):
         main(["data", "check", str(tmp_path / "none.jsonl")])

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_hub import FakeHub
+from filelock import FileLock
 
+from minimind.data import download as command
 from minimind.data import hubs
 from minimind.errors import UserError
 from minimind.paths import ROOT
@@ -221,20 +224,29 @@ def test_where_requests_go(endpoint, variables, expected, monkeypatch):
     assert hubs.address(endpoint) == expected
 
 
-def test_an_address_that_is_none(monkeypatch):
+def test_addresses_that_are_none(download):
     with pytest.raises(UserError, match="is no address"):
         hubs.address("http://a:b:c")
+    for source in SOURCES:
+        code, said, _ = download("http://x:abc", source)
+        assert code == 1
+        assert re.search(r"is no address.* mend (it|the environment variable that names it)\n$", said)
+
+
+def test_one_download_at_a_time(download, tmp_path):
+    partial = tmp_path / "data" / ".cache" / "download" / "modelscope"
+    partial.mkdir(parents=True)
+    with FakeHub(SMALL) as hub, FileLock(partial / "download.lock"):
+        code, said, _ = download(hub.url, "modelscope")
+    assert code == 1
+    assert f"another download into {tmp_path / 'data'} is running; wait for it" in said
 
 
 def test_a_full_disk_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from minimind.data import download
-
     file = hubs.HubFile("a.jsonl", 3_000_000_000, None)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000_000))
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000_000))
     with pytest.raises(UserError, match=r"has 1\.00 GB free and 3\.00 GB are to come: 2\.00 GB are missing"):
-        download.check_room([file], tmp_path, tmp_path)
+        command.check_room([file], tmp_path, tmp_path)
     with (tmp_path / "a.jsonl.incomplete").open("wb") as partial:
         partial.truncate(2_500_000_000)
-    download.check_room([file], tmp_path, tmp_path)
+    command.check_room([file], tmp_path, tmp_path)
