@@ -111,6 +111,7 @@ class HuggingFace(Hub):
         from huggingface_hub import HfApi, constants, logging
 
         logging.set_verbosity_error()
+        constants.DOWNLOAD_CHUNK_SIZE = 1 << 20  # bytes, what is lost when a connection breaks; it is 10 MiB
         self._api, self.endpoint = HfApi(token=False), constants.ENDPOINT
         self.errors = (httpx2.HTTPError, OSError)
 

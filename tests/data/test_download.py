@@ -30,7 +30,7 @@ SMALL = {
     "README.md": b"# Data",
     "../outside.jsonl": b"{}",
 }
-LARGE = {"dpo.jsonl": os.urandom(24 << 20)}  # the clients write in pieces of up to 10 MiB
+LARGE = {"dpo.jsonl": os.urandom(8 << 20)}  # the clients write in pieces of up to 1 MiB
 
 
 @pytest.fixture
@@ -83,18 +83,18 @@ def test_the_recommended_pair(download, source):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_broken_connection_goes_on_by_itself(download, source):
-    with FakeHub(LARGE, breaks=[11 << 20]) as hub:
+    with FakeHub(LARGE, breaks=[5 << 20]) as hub:
         code, said, folder = download(hub.url, source, "dpo.jsonl")
         assert code == 0, said
         assert (folder / "dpo.jsonl").read_bytes() == LARGE["dpo.jsonl"]
     first, second = hub.ranges
     assert first is None
-    assert int(re.match(r"bytes=(\d+)-", second)[1]) >= 10 << 20
+    assert int(re.match(r"bytes=(\d+)-", second)[1]) >= 4 << 20
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_killed_download_goes_on_with_the_next_command(download, source, tmp_path):
-    with FakeHub(LARGE, breaks=[21 << 20]) as hub:
+    with FakeHub(LARGE, breaks=[5 << 20]) as hub:
         hub.breaks.extend([0] * 100)  # further tries of this command get nothing
         command = [sys.executable, "-m", "minimind", "data", "download", "dpo.jsonl", "--source", source]
         process = subprocess.Popen(
@@ -114,7 +114,7 @@ def test_a_killed_download_goes_on_with_the_next_command(download, source, tmp_p
         assert (folder / "dpo.jsonl").read_bytes() == LARGE["dpo.jsonl"]
         assert left_in(folder) == {"dpo.jsonl"}
     (asked,) = hub.ranges
-    assert int(re.match(r"bytes=(\d+)-", asked)[1]) >= 20 << 20
+    assert int(re.match(r"bytes=(\d+)-", asked)[1]) >= 4 << 20
 
 
 @pytest.mark.parametrize("source", SOURCES)
