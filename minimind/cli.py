@@ -47,6 +47,7 @@ COMMANDS = {
     "tokenizer": Command("minimind.tokenizer:main", "train a tokenizer of your own"),
     "estimate": Command("minimind.estimate:main", "what a stage will cost: time, money, memory"),
     "doctor": Command("minimind.doctor.cli:main", "check this machine"),
+    "completion": Command("minimind.completion:main", "print what makes Tab complete all this in a shell"),
 }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,8 +21,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from minimind.cli import COMMANDS
 from minimind.errors import UserError
-from minimind.flags import flag, parse_flags
+from minimind.flags import add_flags, flag, parser_settings
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage, Trainer
@@ -65,22 +65,28 @@ GPUS = {  # cards without bf16 (V100, T4) are not here: on them training is in f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = argparse.ArgumentParser(**parser_settings(__doc__))
+    stages = parser.add_subparsers(
+        dest="stage", required=True, metavar="STAGE", help="with --help a stage lists its flags"
     )
-    parser.add_argument("stage", choices=STAGES, help="`minimind estimate STAGE --help` lists its flags")
-    name = parser.parse_args(arguments[:1]).stage
-    sys.argv[0] += f" {name}"  # what --help calls it
-    module = import_module(f"minimind.stages.{name}")
-    gpu = ("gpu", str | None, flag(None, "compute for this GPU, without measuring", choices=tuple(GPUS)))
-    options_class = make_dataclass(
-        "EstimateOptions", [gpu], bases=(getattr(module, STAGES[name]),), frozen=True
-    )
-    options = parse_flags(options_class, arguments[1:], __doc__)
+    classes = {name: options_class(name) for name in STAGES}
+    for name, options in classes.items():
+        purpose = COMMANDS[f"train {name}"].purpose
+        add_flags(stages.add_parser(name, help=purpose, **parser_settings(__doc__)), options)
+    flags = vars(parser.parse_args(argv))
+    name = flags.pop("stage")
+    options = classes[name](**flags)
     with tempfile.TemporaryDirectory(prefix="minimind_estimate_") as folder:
         options = for_trial(options, Path(folder))
-        return (compute if options.gpu else measure)(module.stage(options), options)
+        stage = import_module(f"minimind.stages.{name}").stage(options)
+        return (compute if options.gpu else measure)(stage, options)
+
+
+def options_class(stage: str) -> type[Any]:
+    """A stage's options, and `--gpu`."""
+    options = getattr(import_module(f"minimind.stages.{stage}"), STAGES[stage])
+    gpu = ("gpu", str | None, flag(None, "compute for this GPU, without measuring", choices=tuple(GPUS)))
+    return make_dataclass("EstimateOptions", [gpu], bases=(options,), frozen=True)
 
 
 def for_trial(options: Any, folder: Path) -> Any:

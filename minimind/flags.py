@@ -54,20 +54,33 @@ def number_or(word: str) -> Callable[[str], int]:
     return parse
 
 
-def parse_flags(options: type[Options], argv: Sequence[str] | None, description: str) -> Options:
+def parse_flags(options: type[Options], argv: Sequence[str] | None, description: str | None) -> Options:
     """Read `argv` (default: the process's arguments) into the dataclass `options`.
 
     A bare boolean flag means yes: `--use_wandb` and `--use_wandb 1` are the same. A wrong flag exits with
-    argparse's message and code 2.
+    argparse's message and code 2. The description is a docstring, shown with its lines as they are; it has
+    an example of the command.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(**parser_settings(description))
+    add_flags(parser, options)
+    return options(**vars(parser.parse_args(argv)))
+
+
+def parser_settings(description: str | None) -> dict[str, Any]:
+    """What every parser of ours is made with."""
+    return {
+        "description": description,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,
+    }
+
+
+def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
+    """Give `parser` the flags of the dataclass `options`."""
     hints = typing.get_type_hints(options)
     for item in fields(options):
         name = item.name if item.metadata["positional"] else f"--{item.name}"
         parser.add_argument(name, **argument(item, hints[item.name]))
-    return options(**vars(parser.parse_args(argv)))
 
 
 def argument(item: Field, hint: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import argparse
 import codecs
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -36,6 +37,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from minimind.bulk_encoding import LONGEST, bulk_encoder
 from minimind.chat_template import CHAT_TEMPLATE, compile_template, without_marks
 from minimind.errors import UserError
+from minimind.flags import parser_settings
 from minimind.paths import TOKENIZER_DIR
 
 if TYPE_CHECKING:
@@ -462,9 +464,16 @@ def _write_tokenizer(vocabulary: tokenizers.Tokenizer, out_dir: Path) -> Tokeniz
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`minimind tokenizer`: train a tokenizer and say how well it compresses."""
-    parser = argparse.ArgumentParser(description="Train a tokenizer.")
-    parser.add_argument("files", nargs="+", help=".jsonl or .txt, optionally .gz; given twice weighs twice")
+    """Train a tokenizer and say how well it compresses.
+
+    Every other command takes its folder with --tokenizer_path.
+
+        minimind tokenizer dataset/pretrain_hq.jsonl --vocab_size 6400 --out_dir out/tokenizer
+    """
+    parser = argparse.ArgumentParser(**parser_settings(inspect.getdoc(main)))
+    parser.add_argument(
+        "files", nargs="+", type=Path, help=".jsonl or .txt, optionally .gz; given twice weighs twice"
+    )
     parser.add_argument("--vocab_size", type=int, default=6400)
     parser.add_argument("--out_dir", default="out/tokenizer")
     parser.add_argument(

@@ -20,7 +20,7 @@ from minimind.chat.session import ChatSession
 from minimind.chat.talk import Talk
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
-from minimind.flags import boolean
+from minimind.flags import boolean, parser_settings
 from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
 from minimind.stages.lora import check_names
@@ -29,6 +29,12 @@ from minimind.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from minimind.model import MiniMind
 
+DESCRIPTION = """Talk to a model that MiniMind trained.
+
+    python eval_model.py --model_mode 1                       a conversation with out/full_sft_512.pth
+    python eval_model.py --model_mode 1 --prompt 你好          one answer on stdout, for a script
+    python eval_model.py --lora_name lora_medical             with an adapter
+"""
 MODES = ("pretrain", "full_sft", "rlhf", "reason", "full_dist")  # stages, indexed by --model_mode
 
 
@@ -80,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--model_mode 0|1|2|3|4] [--prompt TEXT] …",  # the full list is below it anyway
-        description="Talk to a model that MiniMind trained.",
-        allow_abbrev=False,
+        **parser_settings(DESCRIPTION),
     )
     add = parser.add_argument
     add("--prompt", action="append", help="answer this alone on stdout, and leave; may be repeated")

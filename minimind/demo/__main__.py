@@ -1,4 +1,10 @@
-"""`make demo`: from public text to a talking model on a laptop CPU, then measured on what it never saw."""
+"""`make demo`: from public text to a talking model on a laptop CPU, then measured on what it never saw.
+
+Writes its data to dataset/demo, its weights and a report to out/demo.
+
+    minimind demo                   pretraining and fine-tuning, some ten minutes on two cores
+    minimind demo --stages all      LoRA, DPO, reasoning and distillation too
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The result is a weight file like any other, in a folder of its own under the name of the weights it came
     from: every command takes that folder as its --out_dir.
+
+        minimind merge --lora_name lora_identity                     writes out/merged/full_sft_512.pth
+        minimind merge --lora_name lora_medical lora_identity --from_weight rlhf
     """
-    options = parse_flags(MergeOptions, argv, main.__doc__)
+    options = parse_flags(MergeOptions, argv, inspect.getdoc(main))
     base = options.weights
     target = (options.output_dir or options.out_dir / "merged") / base.name
     if target.exists():

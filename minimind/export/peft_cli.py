@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,14 @@ class ExportOptions(PeftOptions):
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """Write an adapter as a PEFT folder."""
-    options = parse_flags(ExportOptions, argv, export.__doc__)
+    """Write an adapter as a PEFT folder.
+
+    PEFT then loads it beside the base model in transformers' format.
+
+        minimind export peft --lora_name lora_identity                   writes out/peft/lora_identity_512/
+        minimind export peft --lora_name lora_identity --base_model FOLDER     which its base model is in
+    """
+    options = parse_flags(ExportOptions, argv, inspect.getdoc(export))
     from minimind.export import peft
     from minimind.lora import read_adapters
 
@@ -49,8 +56,13 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def import_(argv: Sequence[str] | None = None) -> int:
-    """Read an adapter from a PEFT folder."""
-    options = parse_flags(PeftOptions, argv, import_.__doc__)
+    """Read an adapter from a PEFT folder.
+
+    That must be a plain LoRA adapter, in safetensors; its rank may differ from one projection to the other.
+
+        minimind import peft --lora_name theirs --peft_dir FOLDER        writes out/lora/theirs_512.pth
+    """
+    options = parse_flags(PeftOptions, argv, inspect.getdoc(import_))
     import torch
 
     from minimind.export import peft

@@ -1,4 +1,10 @@
-"""White-box distillation: a small student learns from a larger, frozen teacher's probabilities."""
+"""White-box distillation: a small student learns from a larger, frozen teacher's probabilities.
+
+Reads conversations, starts from full_sft, else pretrain, and writes out/full_dist_512.pth.
+
+    python trainer/train_distillation.py --teacher_preset base           out/full_sft_768.pth teaches
+    python trainer/train_distillation.py --teacher_path other.pth --alpha 0.3 --temperature 2
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Direct preference optimisation: learn which of two answers people like better."""
+"""Direct preference optimisation: learn which of two answers people like better.
+
+Reads {"chosen": […], "rejected": […]} records, starts from full_sft and writes out/rlhf_512.pth.
+
+    python trainer/train_dpo.py                                      from out/full_sft_512.pth
+    python trainer/train_dpo.py --beta 0.2 --learning_rate 5e-5      dearer to leave the start, larger steps
+"""
 
 from __future__ import annotations
 

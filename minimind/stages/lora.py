@@ -1,4 +1,10 @@
-"""LoRA: fine-tune small adapters beside the frozen model, for a topic or a manner (see minimind/lora.py)."""
+"""LoRA: fine-tune small adapters beside the frozen model, for a topic or a manner (see minimind/lora.py).
+
+Reads conversations from dataset/{lora_name}.jsonl and writes out/lora/{lora_name}_512.pth.
+
+    python trainer/train_lora.py --lora_name lora_identity --epochs 50     on dataset/lora_identity.jsonl
+    python trainer/train_lora.py --lora_rank 4 --lora_targets q_proj,v_proj
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 The answers were written by a larger reasoning model, DeepSeek-R1 for one (arXiv:2501.12948, 2.4), so this is
 fine-tuning. A small model easily forgets the tags: their tokens weigh more in the training loss (and in its
 mean) than the others. Scores on held-out data weigh all alike, so the two do not compare.
+
+    python trainer/train_distill_reason.py                               from out/rlhf_512.pth, else full_sft
+    python trainer/train_distill_reason.py --from_weight full_sft        without the DPO stage
 """
 
 from __future__ import annotations

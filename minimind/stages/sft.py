@@ -1,4 +1,10 @@
-"""Supervised fine-tuning: learn to answer. Targets are the assistant's words and the token that ends them."""
+"""Supervised fine-tuning: learn to answer. Targets are the assistant's words and the token that ends them.
+
+Reads {"conversations": […]} records, starts from pretrained weights and writes out/full_sft_512.pth.
+
+    python trainer/train_full_sft.py                                             from out/pretrain_512.pth
+    python trainer/train_full_sft.py --data_path my_chats.jsonl --epochs 3       on data of one's own
+"""
 
 from __future__ import annotations
 
