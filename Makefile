@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench faults llamacpp clean
+.PHONY: help demo test lint docs bench faults llamacpp clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*##/ —/'
@@ -13,9 +13,14 @@ demo: .venv/ready  ## train a small model on this machine's CPU and talk to it (
 test: .venv/ready-dev  ## run the test suite
 	$(BIN)/python -m pytest
 
-lint: .venv/ready-dev  ## check style
+lint: .venv/ready-dev  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/ready-dev  ## build the documentation in Chinese and English: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -f mkdocs.en.yml
 
 bench: .venv/ready-dev  ## speed: training beside the original's recipe, stages beside TRL, generation beside transformers
 	$(BIN)/python -m benchmarks.train_speed

@@ -22,15 +22,15 @@ WEIGHTS, PLAIN, NORM, SUM = (
     "#ffffff",
 )  # has weights; has none; norm; addition
 CHOSEN = "#bfdbfe"
-STYLE = """
-  text { font-family: -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", Arial, sans-serif; font-size: 13px;
-         fill: %s; text-anchor: middle; dominant-baseline: central }
-  .title { font-size: 17px; font-weight: 600 }
-  .name { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 13px }
-  .shape { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 11.5px; fill: %s }
-  .left { text-anchor: start }
-  .line { fill: none; stroke: %s; stroke-width: 1.6 }
-""" % (INK, PALE, LINE)  # fmt: skip
+STYLE = f"""
+  text {{ font: 13px -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", Arial, sans-serif; fill: {INK};
+         text-anchor: middle; dominant-baseline: central }}
+  .title {{ font-size: 17px; font-weight: 600 }}
+  .name, .shape {{ font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }}
+  .shape {{ font-size: 11.5px; fill: {PALE} }}
+  .left {{ text-anchor: start }}
+  .line {{ fill: none; stroke: {LINE}; stroke-width: 1.6 }}
+"""
 
 
 class Drawing:
@@ -87,7 +87,8 @@ class Drawing:
                 f'width="{self.width}" height="{self.height}" role="img">',
                 f"<style>{STYLE}</style>",
                 '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" '
-                f'markerHeight="7" orient="auto"><path d="M0 0 L10 5 L0 10 z" fill="{LINE}"/></marker></defs>',
+                'markerHeight="7" orient="auto">',
+                f'<path d="M0 0 L10 5 L0 10 z" fill="{LINE}"/></marker></defs>',
                 f'<rect width="{self.width}" height="{self.height}" rx="14" fill="#ffffff"/>',
                 *self.parts,
                 "</svg>\n",

@@ -3,7 +3,7 @@
 A link that stands alone on its line is a link where the repository is read. On the site it becomes what it
 points to, which so cannot be older than the code:
 
-    [`dpo_loss`](../../minimind/train/preference.py#dpo_loss)          the source of a function, class or constant
+    [`dpo_loss`](../../minimind/train/preference.py#dpo_loss)      the source of a function, class, constant
     [speeds](../../benchmarks/results/stage_speed.json#stages/tokens_per_s,peak_gb)      a table of a result
 
 Equations become MathML, which browsers draw by themselves; figures from elsewhere in the repository are
@@ -132,7 +132,7 @@ def shown(folder: Path, target: str, anchor: str | None) -> str:
 
 
 def source(path: Path, name: str) -> str:
-    """A block with the source of `name` (a function, class or constant, `Class.method`) with its line numbers."""
+    """A block with the source of `name` (function, class, constant or `Class.method`), lines numbered."""
     text = path.read_text(encoding="utf-8")
     node = find(ast.parse(text), name.split("."))
     if node is None:

@@ -51,6 +51,11 @@ COMMANDS = {
 }
 
 
+EXIT_CODES = """\
+exit codes: 0 done, 1 a mistake that the message tells how to mend, 2 wrong usage, 75 a hanging process,
+130 Ctrl-C, 143 SIGTERM"""
+
+
 def usage(group: str = "") -> str:
     """The commands, or those of a group such as `train`."""
     listed = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
@@ -58,6 +63,11 @@ def usage(group: str = "") -> str:
         f"usage: minimind {group or 'COMMAND '}[--flag VALUE …]     with --help a command lists its flags\n\n"
         + "\n".join(f"  {name:<16} {command.purpose}" for name, command in listed.items())
     )
+
+
+def is_group(word: str) -> bool:
+    """Whether it begins commands of two words, as `train` does."""
+    return any(name.startswith(f"{word} ") for name in COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(import_module(module), function)(words[len(name.split()) :])
     help_asked = not {"-h", "--help", "help"}.isdisjoint(words)
     asked = [word for word in words[:2] if word not in ("-h", "--help", "help")]
-    group = asked[0] + " " if asked and any(name.startswith(asked[0] + " ") for name in COMMANDS) else ""
+    group = asked[0] + " " if asked and is_group(asked[0]) else ""
     named = " ".join(asked) if len(asked) > bool(group) else ""
     if help_asked and not named:
-        print(usage(group))
+        print(usage(group) if group else f"{usage()}\n\n{EXIT_CODES}")
         return 0
     wrong = f"there is no command {named!r}" if named else "name a command"
     print(f"error: {wrong}\n{usage(group)}", file=sys.stderr)
