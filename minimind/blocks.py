@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def document_mask(document_ids: Tensor) -> BlockMask:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
     """Softmax attention: query (B, N, T, D) over keys and values (B, K, T, D) → (B, N, T, D)."""
     # Inside a compiled model it becomes part of that; called as it is, it would make all scores.
-    flex = flex_attention if torch.compiler.is_compiling() else compiled()
+    flex: Any = flex_attention if torch.compiler.is_compiling() else compiled()
     return flex(query, key, value, block_mask=mask, enable_gqa=True)
 
 

@@ -173,7 +173,7 @@ def measured_rates(trainer: Trainer) -> Rates:
 
     trainer.peak_rate = 1.0  # nobody reads the MFU
     if trainer.objective.scores_first:
-        trainer.data.reference.zero_()  # any score will do
+        trainer.data.reference.zero_()  # type: ignore[attr-defined]  # of pairs; any score will do
     seconds, tokens = [], []
     with closing(prefetch(trainer.step_batches(0))) as steps:
         last = time.perf_counter()

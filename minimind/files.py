@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from minimind.errors import UserError
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a file beside `path`, flush it to the disk, and rename it into place.
 
     Raises: UserError when the disk is full or the folder is not writable; `path` is then as it was.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Adapter(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        like_base = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        like_base: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         self.A = nn.Linear(base.in_features, rank, **like_base)
         self.B = nn.Linear(rank, base.out_features, **like_base)
         nn.init.normal_(self.A.weight, std=0.02)
@@ -79,7 +80,9 @@ def insert(model: MiniMind, ranks: dict[str, int]) -> None:
     """Freeze the model and give each projection named in `ranks` an adapter of that rank."""
     model.requires_grad_(False)
     for name, rank in ranks.items():
-        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank))
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        model.set_submodule(name, LoRALinear(base, rank))
 
 
 def detach(model: MiniMind) -> None:

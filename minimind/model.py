@@ -62,12 +62,14 @@ class RotaryEmbedding(nn.Module):
     The table is a function of the configuration, hence not part of the state dict.
     """
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         self.scale = 1.0
         if config.rope_scaling:
-            frequencies = yarn_frequencies(frequencies, config)
+            frequencies = yarn_frequencies(frequencies, config, config.rope_scaling)
             self.scale = 0.1 * math.log(config.rope_scaling.factor) + 1.0
         self.register_buffer("frequencies", frequencies, persistent=False)  # (D / 2,)
 
@@ -78,9 +80,8 @@ class RotaryEmbedding(nn.Module):
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
-def yarn_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+def yarn_frequencies(frequencies: Tensor, config: ModelConfig, scaling: YarnScaling) -> Tensor:
     """YaRN: slow rotations are interpolated, fast ones kept ("NTK-by-parts", arXiv:2309.00071, 3.2)."""
-    scaling: YarnScaling = config.rope_scaling
 
     def dimension_of(rotations: float) -> float:  # the dimension that turns so often over the trained length
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -162,6 +163,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: nn.Module
         if config.num_experts:
             from minimind.moe import MoE
 

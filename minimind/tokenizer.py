@@ -151,7 +151,7 @@ class Tokenizer:
         if skip_special_tokens:
             parts = (self.token_bytes[i] for i in ids)
         else:
-            parts = (self.token_bytes[i] or self._text_encoder.id_to_token(i).encode() for i in ids)
+            parts = (self.token_bytes[i] or (self._text_encoder.id_to_token(i) or "").encode() for i in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -302,7 +302,7 @@ def _token_bytes(vocabulary: tokenizers.Tokenizer) -> list[bytes]:
         if i in added:
             table.append(b"" if added[i].special else added[i].content.encode())
         else:
-            table.append(bytes(byte_of[character] for character in vocabulary.id_to_token(i)))
+            table.append(bytes(byte_of[character] for character in vocabulary.id_to_token(i) or ""))
     return table
 
 

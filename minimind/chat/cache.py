@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class KVCache:
         """Copy the first `length` positions of a row over another row."""
         self.buffer[:, target, :, :length] = self.buffer[:, source, :, :length]
 
-    def one_token_each(self, positions: list[int]) -> Attention:
+    def one_token_each(self, positions: Sequence[int]) -> Attention:
         """Attention of one new token in each of the first rows, at `positions`, to all before it."""
         rows, end, device = len(positions), max(positions) + 1, self.buffer.device
         places = torch.tensor(positions, device=device)  # (B,)

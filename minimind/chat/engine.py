@@ -142,7 +142,9 @@ class Engine:
         for row, (request, token) in enumerate(zip(ready, tokens, strict=True)):
             event = self._take(request, token)
             if row in logprobs and event.token is not None:
-                event = event._replace(logprobs=token_logprobs(logprobs[row], token, request.top_logprobs))
+                event = event._replace(
+                    logprobs=token_logprobs(logprobs[row], token, request.top_logprobs or 0)
+                )
             events.append(event)
         for event, request in zip(events, ready, strict=True):
             if event.finished:

@@ -102,9 +102,9 @@ class Talk:
         """What to answer, one by one; anything but 0 and 1 at the first prompt is already a question."""
         choice = read_line("[0] 自动测试 / automatic test\n[1] 手动输入 / your own input\n> ")
         if choice == "0":
-            for text in self.questions:
-                print(f"\n{YOU}{text}")
-                yield text
+            for question in self.questions:
+                print(f"\n{YOU}{question}")
+                yield question
             return
         if choice is None:
             return

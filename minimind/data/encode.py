@@ -18,14 +18,15 @@ import sys
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 
-from minimind.data.records import TAG, BadRecord, Block, Kind, Record, parse_block
+from minimind.data.records import TAG, BadRecord, Block, Kind, parse_block
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> E
 
 
 def _encode_records(
-    records: list[Record], kind: Kind, tokenizer: Tokenizer
+    records: list[Any], kind: Kind, tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[list[int]] | None, int]:
     """Token ids of every document, their target weights (None for pretraining), the bytes of their texts."""
     if kind == "pretrain":
@@ -119,7 +120,7 @@ def _mark_tags(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> list[in
 
 def encode_blocks(
     blocks: Iterable[Block | BadRecord], kind: Kind, file: str, tokenizer: Tokenizer, num_workers: int
-) -> Iterator[EncodedBlock | BadRecord]:
+) -> Generator[EncodedBlock | BadRecord, None, None]:
     """`encode_block` over `blocks`, in their order; bad records between blocks are handed on.
 
     With `num_workers` 0 the work is done here. Otherwise at most two blocks a worker are under way, so memory
@@ -177,6 +178,7 @@ class _Worker:
         self._greeting: tuple | None = (kind, file, tokenizer)
 
     def _send(self, message: object) -> None:
+        assert self._process.stdin is not None
         pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
         self._process.stdin.flush()
 
@@ -186,6 +188,7 @@ class _Worker:
                 self._send(self._greeting)
                 self._greeting = None
             self._send(block)
+            assert self._process.stdout is not None
             return pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()

@@ -134,6 +134,7 @@ def _cut_slab(
     if not len(documents):
         return np.zeros(0, np.int64)
     starts, ends = store.offsets[documents], store.offsets[documents + 1]
+    assert store.weights is not None  # as all conversations have
     targets = starts[0] + np.flatnonzero(store.weights[starts[0] : ends[-1]])
     answer_ends = targets[store.tokens[targets] == eos_id]
     # The label of position p is token p + 1, so the last token within reach is start + max_seq_len.
@@ -189,6 +190,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Rows:
             patterns[space].append((pattern, rows))
 
     counts = np.bincount(lengths, minlength=1)
+    pattern: tuple[int, ...]
     for length in map(int, np.flatnonzero(counts)[::-1]):
         left = int(counts[length])
         while left:

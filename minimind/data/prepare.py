@@ -88,6 +88,7 @@ def prepare(
                 }
                 _build(path, state, folder, meta, tokenizer, on_bad_record, num_workers, progress)
                 store = TokenStore.open(folder)
+    assert store is not None  # it was built
     _report_bad_records(store, path, on_bad_record, progress)
     return store
 

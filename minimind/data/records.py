@@ -18,8 +18,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, get_args
+from typing import Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import msgspec
 
@@ -62,7 +63,7 @@ class PreferenceRecord(msgspec.Struct):
 
 T = TypeVar("T")
 Record = TextRecord | ConversationRecord | PreferenceRecord
-_DECODERS = {
+_DECODERS: dict[str, msgspec.json.Decoder] = {
     "pretrain": msgspec.json.Decoder(TextRecord),
     "conversation": msgspec.json.Decoder(ConversationRecord),
     "reasoning": msgspec.json.Decoder(ConversationRecord),
@@ -137,7 +138,7 @@ def no_records(path: str | Path) -> UserError:
     return UserError(f"{path}: no usable record in this file")
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BufferedReader:
     """Open a data file for reading bytes. Raises `UserError` when that fails."""
     try:
         return Path(path).open("rb")
@@ -264,8 +265,8 @@ def _why_no_json(line: bytes, error: Exception) -> str:
     """A reason a person can act on. The standard parser is slow, but says it better and knows the column."""
     try:
         json.dumps(json.loads(line), ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+    except json.JSONDecodeError as reason:
+        return f"broken JSON: {reason.msg.removesuffix(' at')} at column {reason.colno}"
     except UnicodeEncodeError:
         return "half of a \\ud800–\\udfff pair, which is no character"
     except RecursionError:

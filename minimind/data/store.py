@@ -85,7 +85,7 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-        def array(name: str, dtype: str | np.dtype) -> np.ndarray:
+        def array(name: str, dtype: str | np.dtype | type[np.uint8]) -> np.ndarray:
             return np.asarray(np.memmap(folder / f"{name}.bin", dtype, "r"))  # a plain array slices faster
 
         return cls(

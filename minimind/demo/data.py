@@ -127,16 +127,17 @@ def write_demo_data(out_dir: Path, *, sources: Sources | None = None, seed: int 
     chats = _with_second_turns(chats, random_generator(seed, "order of chats"))
     _assert_held_out(held_out, texts, chats)
 
-    questions = {
+    questions: dict[str, list[Question]] = {
         "arithmetic": _arithmetic_questions(held_out, random_generator(seed, "eval arithmetic")),
         "identity": [Question(question, "MiniMind") for question in phrases.HELD_OUT_NAME_QUESTIONS],
         "idioms": idiom_questions,
     }
-    files = {
+    files: dict[str, list[dict]] = {
         "pretrain.jsonl": [{"text": text} for text in texts],
         "pretrain_val.jsonl": [{"text": text} for text in validation],
         "sft.jsonl": [{"conversations": messages(chat)} for chat in chats],
-    } | {f"eval_{name}.jsonl": [q._asdict() for q in asked] for name, asked in questions.items()}
+    }
+    files |= {f"eval_{name}.jsonl": [q._asdict() for q in asked] for name, asked in questions.items()}
     for name, records in files.items():
         write_jsonl(out_dir / name, records)
     return DemoData(
@@ -155,11 +156,10 @@ def split_problems(rng: random.Random) -> tuple[list[Problem], list[Problem]]:
     """Held-out and training problems; both operations and both orders of a pair fall on the same side."""
     pairs = list(combinations_with_replacement(range(10, 100), 2))
     rng.shuffle(pairs)
-    held_out = [
-        problem
-        for low, high in pairs[:HELD_OUT_PAIRS]
-        for problem in (Problem(*rng.sample((low, high), 2), "+"), Problem(high, low, "-"))
-    ]
+    held_out = []
+    for low, high in pairs[:HELD_OUT_PAIRS]:
+        first, second = rng.sample((low, high), 2)
+        held_out += [Problem(first, second, "+"), Problem(high, low, "-")]
     training = [
         problem
         for low, high in pairs[HELD_OUT_PAIRS:]

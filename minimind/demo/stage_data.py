@@ -99,7 +99,7 @@ def preference_pairs(questions: Sequence[str]) -> list[dict]:
     """Every preferred answer against every other, in the language of the question."""
     pairs = []
     for question in questions:
-        answers = (PREFERRED, NOT_PREFERRED)
+        answers: tuple[Sequence[str], Sequence[str]] = (PREFERRED, NOT_PREFERRED)
         if question.isascii():
             answers = (PREFERRED_ENGLISH, NOT_PREFERRED_ENGLISH)
         for chosen, rejected in product(*answers):

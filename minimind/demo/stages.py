@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -22,6 +22,10 @@ from minimind.demo.run import answerer, run_script
 from minimind.demo.sources import read_sources
 from minimind.demo.stage_data import NEW_NAME, StageData, write_stage_data
 from minimind.evaluate.report import Example, Metric
+
+if TYPE_CHECKING:
+    from minimind.data.records import Kind
+    from minimind.train.objective import Objective
 
 TINY = "--preset=tiny --batch_size=8 --accumulation_steps=1 --log_interval=25".split()
 LORA = f"--lora_name=lora_{NEW_NAME.lower()} --max_seq_len=256 --epochs=20 --learning_rate=0.003".split()
@@ -227,7 +231,7 @@ def text_bits_per_byte(weights: Path, texts: Path) -> float:
     return _evaluate(NextToken(), "pretrain", weights, texts)["eval_bpb"]
 
 
-def _evaluate(objective, kind: str, weights: Path, path: Path) -> dict[str, float]:
+def _evaluate(objective: Objective, kind: Kind, weights: Path, path: Path) -> dict[str, float]:
     """What `objective` measures on a whole data file."""
     from minimind.data.prepare import prepare
     from minimind.tokenizer import Tokenizer

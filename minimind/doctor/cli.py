@@ -24,6 +24,6 @@ class DoctorOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(DoctorOptions, argv, __doc__)
-    from minimind.doctor.machine import examine
+    from minimind.doctor import machine
 
-    return examine(options.out_dir)
+    return machine.examine(options.out_dir)

@@ -130,7 +130,7 @@ def own_gpus(facts: list[dict[str, Any]]) -> list[Finding]:
     """Whether each process has a GPU for itself, or none has one."""
     if not any(fact["gpus"] for fact in facts):
         return [Finding(OK, f"no GPUs: the {len(facts)} processes share the processors")]
-    found, owner = [], {}
+    found, owner = [], dict[str, str]()
     for fact in facts:
         who = f"process {fact['rank']} on {fact['host']}"
         if fact["gpu"] is None:

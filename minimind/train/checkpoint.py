@@ -68,7 +68,7 @@ class CheckpointWriter:
         if self.parallel.sharded:
             self.parallel.barrier()
             shards = dcp.async_save(tensors, checkpoint_id=path, process_group=self.parallel.cpu_group)
-            self.writing = self.thread.submit(self.write, path, state, shards)
+            self.writing = self.thread.submit(self.write, path, state, shards)  # type: ignore[arg-type]
         elif self.parallel.is_main:
             whole = state | tree_map_only(torch.Tensor, on_cpu, tensors)
             self.writing = self.thread.submit(self.write, path, whole, None, lambda: then(whole))
@@ -131,7 +131,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def is_whole(path: Path) -> bool:
     lines = path.with_suffix(".sha256").read_text(encoding="utf-8", errors="replace").splitlines()
-    wanted = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    wanted = {name: checksum for checksum, found, name in (line.partition("  ") for line in lines) if found}
     files = [path / name for name in wanted]
     return bool(files) and all(f.is_file() and file_checksum(f) == wanted[f.name] for f in files)
 

@@ -36,7 +36,7 @@ def load_datasets(
             path,
             kind,
             tokenizer,
-            on_bad_record=options.on_bad_record,
+            on_bad_record=options.on_bad_record,  # type: ignore[arg-type]  # one of its choices
             num_workers=options.num_workers,
             progress=progress,
         )
@@ -44,6 +44,7 @@ def load_datasets(
     def rows(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
         return rows_of(store, tokenizer, options.max_seq_len, options.seed, documents, tag_weight)
 
+    assert options.data_path is not None  # every stage has one
     if options.data_path.is_dir():
         raise UserError(f"--data_path {options.data_path} is a folder; name one JSONL file in it")
     if not options.data_path.is_file():

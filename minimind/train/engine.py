@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -51,7 +51,7 @@ class Engine:
         )
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=parallel.dtype is torch.float16)
 
-    def wrap(self, model: MiniMind) -> nn.Module:
+    def wrap(self, model: MiniMind) -> MiniMind:
         if self.parallel.world_size == 1:
             return model
         if self.parallel.sharded:

@@ -41,13 +41,15 @@ class Logger(Protocol):
 
     modes: ClassVar[tuple[str, ...]]  # to try one after the other
 
+    def __init__(self, run: RunInfo, mode: str) -> None: ...
+
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
     def finish(self) -> None: ...
 
 
 class Wandb:
-    modes: ClassVar = ("online", "offline")
+    modes: ClassVar[tuple[str, ...]] = ("online", "offline")
 
     def __init__(self, run: RunInfo, mode: str) -> None:
         import wandb
@@ -77,7 +79,7 @@ class Wandb:
 
 
 class SwanLab:
-    modes: ClassVar = ("online", "offline")
+    modes: ClassVar[tuple[str, ...]] = ("online", "offline")
 
     def __init__(self, run: RunInfo, mode: str) -> None:
         import swanlab
@@ -104,7 +106,7 @@ class SwanLab:
 
 
 class TensorBoard:
-    modes: ClassVar = ("local",)
+    modes: ClassVar[tuple[str, ...]] = ("local",)
 
     def __init__(self, run: RunInfo, mode: str) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -176,9 +176,8 @@ class Trainer:
         at_once = min(rows if options.fits_batch_size else wanted, worthwhile)
         self.shares = Shares(self.data.num_rows, rows, at_once, parallel.rank, parallel.world_size)
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
-        self.warmup_steps = options.warmup_iters
-        if self.warmup_steps is None:
-            self.warmup_steps = min(100, self.total_steps // 20)
+        warmup = options.warmup_iters
+        self.warmup_steps = min(100, self.total_steps // 20) if warmup is None else warmup
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
 
         self.check_same_as_main()
@@ -262,7 +261,8 @@ class Trainer:
         path = self.newest_checkpoint()
         state = load_state(path) if path else None
         # A run that was started again before its first save finds the checkpoints of the run before it.
-        if state is None or (not self.options.from_resume and state["run_id"] != before.get("run_id")):
+        others = state and not self.options.from_resume and state["run_id"] != before.get("run_id")
+        if path is None or state is None or others:
             self.run_id = before.get("run_id", self.run_id)
             self.say(f"there is no checkpoint of this run in {folder}; starting at the first step")
             return 0
@@ -413,9 +413,9 @@ class Trainer:
         if not self.is_new:
             self.finish_saving()
             path = self.newest_checkpoint()
-            state = path and load_state(path)
+            state = load_state(path) if path else None
         rollbacks = self.stability.rollbacks + 1
-        if state is None or rollbacks > ROLLBACKS:
+        if path is None or state is None or rollbacks > ROLLBACKS:
             raise UserError(
                 f"{self.stability.in_a_row} steps in a row were left out, up to step {self.done}"
                 + (f", after going back {ROLLBACKS} times" if state else "")

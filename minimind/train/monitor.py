@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -40,7 +41,7 @@ class Monitor:
         self.started, self.first_step = time.perf_counter(), first_step
         self.loggers: Loggers | None = None
         self.path = folder / "metrics.jsonl"
-        self.file = None
+        self.file: TextIO | None = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self.open_log(first_step)

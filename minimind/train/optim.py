@@ -56,7 +56,7 @@ class Muon(torch.optim.Muon):
     update, and applies its part. Left to sharded products, their rounding would differ with the processes.
     """
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
         if all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters):
             for group in self.param_groups:

@@ -151,17 +151,17 @@ def setup(
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if world_size > 1:
         limit = timedelta(seconds=hang_timeout) + PREPARATION
-        store, *_ = next(rendezvous("env://", timeout=limit))
+        launchers, *_ = next(rendezvous("env://", timeout=limit))
         # A launcher that starts the processes again keeps its store, with the addresses of the dead in it.
-        store = dist.PrefixStore(f"start {launched('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(f"start {launched('TORCHELASTIC_RESTART_COUNT', 0)}", launchers)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-        watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)
+        watchdog = Watchdog(dist.PrefixStore("watchdog", store.clone()), rank, world_size, hang_timeout)  # type: ignore[attr-defined]
     elif zero_stage:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     sharded = zero_stage > 0 or (strategy == "fsdp" and world_size > 1)
     cpu_group = dist.new_group(backend="gloo") if sharded else None
-    dtype = choose_dtype(dtype, chosen)
-    return Parallel(chosen, dtype, rank, world_size, sharded, zero_stage, cpu_group, watchdog, store)
+    precision = choose_dtype(dtype, chosen)
+    return Parallel(chosen, precision, rank, world_size, sharded, zero_stage, cpu_group, watchdog, store)
 
 
 def launched(name: str, default: int) -> int:

@@ -132,7 +132,8 @@ class Watchdog:
 
     def read(self) -> None:
         values = self.store.multi_get([f"report/{rank}" for rank in range(self.world_size)])
-        now, before = time.monotonic(), self.seen or [None] * self.world_size
+        now = time.monotonic()
+        before: list[Seen] | list[None] = self.seen or [None] * self.world_size
         reports = [Report(**json.loads(value)) for value in values]
         self.seen = [
             old if old and old.report == report else Seen(report, now)
