@@ -148,7 +148,7 @@ def open_file(path: str | Path) -> BufferedReader:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def unzipped(raw: BinaryIO) -> BinaryIO:
+def unzipped(raw: BufferedReader) -> BufferedReader | gzip.GzipFile:
     """The bytes of an open data file, whether it is gzipped or not."""
     return gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP_MAGIC else raw
 
