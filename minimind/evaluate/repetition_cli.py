@@ -96,7 +96,7 @@ def prompts(path: Path, limit: int) -> list[str]:
     Raises: UserError as reading data does.
     """
     from minimind.data.records import read_records
-    from minimind.doctor.data import kind_of
+    from minimind.data.check import kind_of
 
     kind = kind_of(path)
     texts = []
