@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from test_model import random_model
 
-from tests.server.browser import Watch, chromium
-from tests.server.stub import Stub
+from minimind.config import ModelConfig
+from minimind.lora import attach, save_lora
+from minimind.weights import save_weights
+from server.browser import Watch, chromium
+from server.stub import Stub
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-REAL = "MINIMIND_PAGE_URL"  # the address of a running server that has no API key
+REAL = "MINIMIND_PAGE_URL"  # the address of a running server without an API key, in place of one made here
 TIMEOUT = 10_000  # milliseconds that a test waits for what it expects
+# A model of random weights does not end by itself: its answers are kept short.
+SHORT = """try { localStorage["minimind.settings"] ??= '{"max_tokens": 24}'; } catch {}"""
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +41,39 @@ def stub() -> Iterator[Stub]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def app(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `minimind serve` with a small random model and an adapter."""
+    if os.environ.get(REAL):
+        yield os.environ[REAL]
+        return
+    for package in ("fastapi", "uvicorn", "minimind.server.cli"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    folder = tmp_path_factory.mktemp("out")
+    write_model(folder)
+    shape = ["--hidden_size", "64", "--num_hidden_layers", "2", "--lora_name", "lora_medical"]
+    command = [sys.executable, "-m", "minimind", "serve", "--port", "0", "--device", "cpu", *shape]
+    with subprocess.Popen([*command, "--out_dir", str(folder)], stdout=subprocess.PIPE, text=True) as server:
+        said = iter(server.stdout.readline, "")
+        address = next((line for line in said if line.startswith("page: ")), None)
+        assert address, "the server ended before it said where it listens"
+        yield address.split()[1].rstrip("/")
+        server.terminate()
+
+
+def write_model(folder: Path) -> None:
+    model = random_model(ModelConfig(hidden_size=64, num_hidden_layers=2))
+    save_weights(model, folder / "full_sft_64.pth")
+    attach(model)
+    (folder / "lora").mkdir()
+    save_lora(model.state_dict(), folder / "lora" / "lora_medical_64.pth")
+
+
 @pytest.fixture(params=["stub", "app"])
 def site(request: pytest.FixtureRequest) -> str:
     """The address of a server: tests with it hold for whatever a model says."""
-    if request.param == "stub":
-        return request.getfixturevalue("stub").url
-    if not os.environ.get(REAL):
-        pytest.skip(f"name a running server in {REAL}")
-    return os.environ[REAL]
+    return request.getfixturevalue("app") if request.param == "app" else request.getfixturevalue("stub").url
 
 
 @pytest.fixture
@@ -51,8 +86,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         context.set_default_timeout(TIMEOUT)
         contexts.append(context)
         page = context.new_page()
-        if init:
-            page.add_init_script(init)
+        for script in (init, SHORT):
+            page.add_init_script(script)
         watches.append(Watch(page, url))
         page.goto(url)
         page.locator(".model:enabled, .banner:visible, dialog[open]").first.wait_for()

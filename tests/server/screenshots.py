@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.server.browser import chromium
-from tests.server.stub import MODELS, Answer, Stub, model
+from .browser import chromium
+from .stub import MODELS, Answer, Stub, model
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
 WIDE = {"width": 1280, "height": 820}

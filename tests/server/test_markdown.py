@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from tests.server.stub import Stub
+from server.stub import Stub
 
 VOID = {"br", "hr"}
 BLOCKS = {"root", "ul", "ol", "blockquote", "table", "thead", "tbody", "tr"}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from urllib.request import urlopen
 
-from tests.server.steps import ask, button, texts, titles
+from server.steps import ask, button, texts, titles
 
 
 def test_a_question_is_answered_and_both_are_there_after_a_reload(site, visit):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from threading import Event
 
 from minimind.chat.options import SamplingOptions
-from tests.server.steps import ask, button, ended, texts, type_and_send
-from tests.server.stub import Answer
+from server.steps import ask, button, ended, texts, type_and_send
+from server.stub import Answer
 
 PHONE = {"width": 360, "height": 640}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tests.server.steps import ask, button, ended, texts, titles, type_and_send
-from tests.server.stub import Answer, Stub, delta, model
+from server.steps import ask, button, ended, texts, titles, type_and_send
+from server.stub import Answer, Stub, delta, model
 
 HARM = """<script>window.broken = 1</script> <img src=x onerror="window.broken = 2">
 [click](javascript:window.broken=3) [click](data:text/html,<script>1</script>) ![x](https://example.com/x.png)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from minimind.chat.options import SamplingOptions
-from tests.server.stub import PAGE
+from server.stub import PAGE
 
 FILES = sorted(path for path in PAGE.iterdir() if path.suffix in (".html", ".js", ".css", ".svg"))
 ALL = {path.name: path.read_text(encoding="utf-8") for path in FILES}
