@@ -47,7 +47,8 @@ class Answer:
         hold: the stream waits for this before its last piece, so that a test can look at what is there.
         finish: the reason in the last chunk; None: the stream breaks off before it.
         raw: bytes to send in place of all that.
-        status, error, headers: answer with an error of this status and message.
+        prompt: tokens that the prompt is said to have taken.
+        status, error, code, headers: answer with an error of this status and message.
     """
 
     content: list[str] = field(default_factory=lambda: ["你好", "，我是", " MiniMind。"])
@@ -57,7 +58,9 @@ class Answer:
     finish: str | None = "stop"
     raw: bytes | None = None
     status: int = 200
+    prompt: int = 24
     error: str = ""
+    code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
     def chunks(self) -> Iterator[dict[str, Any]]:
@@ -71,7 +74,8 @@ class Answer:
             yield delta(piece)
         if self.finish:
             yield delta({}, self.finish)
-            usage = {"prompt_tokens": 24, "completion_tokens": len(pieces), "total_tokens": 24 + len(pieces)}
+            total = self.prompt + len(pieces)
+            usage = {"prompt_tokens": self.prompt, "completion_tokens": len(pieces), "total_tokens": total}
             yield {**delta({}), "choices": [], "usage": usage}
 
 
@@ -130,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         self.stub.requests.append(json.loads(body))
         answer = self.stub.next_answer()
         if answer.status != 200:
-            return self.send_error_json(answer.status, answer.error, answer.headers)
+            return self.send_error_json(answer.status, answer.error, answer.code, answer.headers)
         try:
             self.stream(answer)
         except (BrokenPipeError, ConnectionResetError):
@@ -154,8 +158,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_error_json(401, "an API key is needed")
         return False
 
-    def send_error_json(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        error = {"message": message, "type": "error", "param": None, "code": None}
+    def send_error_json(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        error = {"message": message, "type": "error", "param": None, "code": code}
         self.send_json(status, {"error": error}, headers)
 
     def send_json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:

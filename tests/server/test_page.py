@@ -44,6 +44,13 @@ def test_regenerate_answers_the_same_question_again(site, visit):
     assert button(page, "重新回答").count() == 1  # only the last can be
 
 
+def test_a_conversation_longer_than_the_context_goes_on(site, visit):
+    page = visit(site)
+    for number in range(8):
+        answer = ask(page, f"第{number}个问题很长：" + "为什么天空是蓝色的？" * 8)
+        assert answer.locator(".problem").is_hidden()
+
+
 def test_an_edited_message_replaces_what_followed_it(site, visit):
     page = visit(site)
     ask(page, "第一个问题")

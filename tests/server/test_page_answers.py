@@ -66,6 +66,33 @@ def test_thoughts_are_not_sent_back(stub, visit):
     ]
 
 
+def test_the_oldest_turns_are_left_out_when_they_would_not_fit(stub, visit):
+    stub.answers = [Answer(["答"] * 4, prompt=1900)]  # for 4 characters, and the model takes 2,048 tokens
+    page = visit(stub.url)
+    ask(page, "问题一。")
+    figures = ask(page, "问题二。").locator(".figures").inner_text()
+    assert [message["content"] for message in stub.requests[-1]["messages"]] == ["问题二。"]
+    assert "最早 1 轮没有发送" in figures
+
+
+def test_the_server_says_that_turns_do_not_fit(stub, visit):
+    page = visit(stub.url)
+    for question in "一二三四五":
+        ask(page, question)
+    full = Answer(status=400, error="too long", code="context_length_exceeded")
+    stub.answers = [full, full, Answer(["好"])]
+    figures = ask(page, "六").locator(".figures").inner_text()
+    sent = [
+        [m["content"] for m in request["messages"] if m["role"] == "user"] for request in stub.requests[-3:]
+    ]
+    assert sent == [list("一二三四五六"), list("三四五六"), list("四五六")]
+    assert "最早 3 轮没有发送" in figures
+
+    stub.answers = [full]
+    assert "too long" in ask(page, "七").locator(".problem").inner_text()
+    assert [message["content"] for message in stub.requests[-1]["messages"]] == ["七"]
+
+
 def test_stopping_keeps_what_came_and_tells_the_server(stub, visit):
     stub.answers = [Answer(["字"] * 400, pause=0.02), Answer(["好"])]
     page = visit(stub.url)

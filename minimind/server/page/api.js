@@ -8,11 +8,12 @@ export class ApiError extends Error {
   /**
    * kind: "network" (no connection), "broken" (ended early), "busy" (429), "unauthorized" (401),
    * "refused" (other 4xx) or "failed" (5xx, or what is no such API).
-   * message: the server's own words. retryAfter: seconds, where it is busy.
+   * message: the server's own words. code: its word for programs. retryAfter: seconds, where it is busy.
    */
-  constructor(kind, message = "", retryAfter = 0) {
+  constructor(kind, message = "", { code = "", retryAfter = 0 } = {}) {
     super(message);
     this.kind = kind;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
@@ -108,9 +109,10 @@ function keepKey(key) {
 }
 
 async function errorOf(response) {
-  const message = errorMessage(await jsonOf(response)) || `HTTP ${response.status}`;
-  if (response.status === 429) return new ApiError("busy", message, retryAfter(response));
-  return new ApiError(response.status < 500 ? "refused" : "failed", message);
+  const body = await jsonOf(response);
+  const message = errorMessage(body) || `HTTP ${response.status}`;
+  if (response.status === 429) return new ApiError("busy", message, { retryAfter: retryAfter(response) });
+  return new ApiError(response.status < 500 ? "refused" : "failed", message, { code: body?.error?.code });
 }
 
 /** Seconds that the server asks to wait: Retry-After holds them, or a date. */

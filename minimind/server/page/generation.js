@@ -4,6 +4,7 @@ import { ApiError } from "./api.js";
 import { requestFields, setting } from "./settings.js";
 
 const BASE = "minimind"; // what the server calls the base weights
+const TOO_LONG = "context_length_exceeded"; // OpenAI's word for messages that do not fit
 const SHORTEST = 0.05; // seconds; what came at once says nothing about speed
 
 export class Generation {
@@ -12,8 +13,11 @@ export class Generation {
     this.api = api;
     this.message = message;
     this.abort = new AbortController();
-    this.body = { model: model?.id ?? BASE, messages: promptOf(conversation), ...requestFields() };
+    this.model = model?.id ?? BASE;
+    this.turns = turnsOf(conversation.messages.slice(0, -1));
     message.most = model?.minimind?.max_length;
+    message.leftOut = 0;
+    this.fit(conversation);
   }
 
   /** Seconds since thinking began, while it lasts; null otherwise. */
@@ -29,10 +33,7 @@ export class Generation {
   async run(onChange) {
     const { message } = this;
     try {
-      for await (const event of this.api.stream(this.body, this.abort.signal)) {
-        this.take(event);
-        onChange();
-      }
+      while (!(await this.ask(onChange)));
     } catch (error) {
       if (this.abort.signal.aborted) message.finish = "stopped";
       else if (error instanceof ApiError) {
@@ -43,6 +44,23 @@ export class Generation {
       this.endThinking();
       message.finish ||= message.error ? "error" : "stop";
     }
+  }
+
+  /** Whether the answer came; if not, the conversation was too long, and is now shorter. */
+  async ask(onChange) {
+    const body = { model: this.model, messages: this.prompt(), ...requestFields() };
+    this.message.characters = charactersOf(body.messages);
+    try {
+      for await (const event of this.api.stream(body, this.abort.signal)) {
+        this.take(event);
+        onChange();
+      }
+    } catch (error) {
+      if (error.code !== TOO_LONG || this.turns.length < 2) throw error;
+      this.leaveOut(Math.ceil(this.turns.length / 4));
+      return false;
+    }
+    return true;
   }
 
   take({ reasoning, content, finish, usage }) {
@@ -75,18 +93,44 @@ export class Generation {
     this.message.thinkingSeconds = (this.message.thinkingSeconds ?? 0) + this.thinkingSeconds;
     this.thinkingSince = undefined;
   }
+
+  prompt() {
+    const system = setting("system").trim() ? [{ role: "system", content: setting("system") }] : [];
+    return [...system, ...this.turns.flat()];
+  }
+
+  /**
+   * Leave out the oldest turns until the rest should fit beside an answer, as in the terminal's chat. How many
+   * tokens a text takes is told from the last answer's; the server has the last word.
+   */
+  fit({ messages }) {
+    const known = messages.findLast(({ prompt, characters }) => prompt && characters);
+    const { most } = this.message;
+    if (!known || !most) return;
+    const room = most - Math.min(setting("max_tokens"), Math.floor(most / 4));
+    const tokens = () => (charactersOf(this.prompt()) * known.prompt) / known.characters;
+    while (this.turns.length > 1 && tokens() > room) this.leaveOut(1);
+  }
+
+  leaveOut(count) {
+    this.turns.splice(0, count);
+    this.message.leftOut += count;
+  }
 }
 
 /**
- * What the model gets to read: questions and their answers in turn, without its thoughts. A question whose answer
- * never came is left out, as in the terminal's chat.
+ * Questions with their answers, as the model gets to read them: without thoughts. A question whose answer never
+ * came is left out, as in the terminal's chat.
  */
-function promptOf({ messages }) {
-  const asked = messages.slice(0, -1); // the last is the answer that is to come
-  const whole = asked.filter(({ role, content }, index) => {
-    const answer = role === "user" ? asked[index + 1]?.content : content;
-    return index === asked.length - 1 || answer !== "";
+function turnsOf(messages) {
+  const turns = [];
+  messages.forEach(({ role, content }, index) => {
+    const answer = role === "user" ? messages[index + 1]?.content : content;
+    if (answer === "") return;
+    if (role === "user" || turns.length === 0) turns.push([]);
+    turns.at(-1).push({ role, content });
   });
-  const turns = whole.map(({ role, content }) => ({ role, content }));
-  return setting("system").trim() ? [{ role: "system", content: setting("system") }, ...turns] : turns;
+  return turns;
 }
+
+const charactersOf = (messages) => messages.reduce((sum, { content }) => sum + content.length, 0);

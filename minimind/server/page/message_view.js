@@ -155,7 +155,7 @@ export class AnswerView {
   }
 
   figures() {
-    const { content, reasoning, finish, error, tokens, prompt, speed, most } = this.message;
+    const { content, reasoning, finish, error, tokens, prompt, speed, most, leftOut } = this.message;
     const figures = [];
     if (finish === "stop" && !content && !reasoning) figures.push(t("empty"));
     if (finish === "stopped" && !error) figures.push(t("stopped"));
@@ -165,6 +165,7 @@ export class AnswerView {
     if (tokens !== undefined && prompt !== undefined && most) {
       figures.push(t("context", { used: number(prompt + tokens), most: number(most) }));
     }
+    if (leftOut) figures.push(t("leftOut", { count: number(leftOut) }));
     return figures;
   }
 }

@@ -147,6 +147,8 @@ function messageFrom(value) {
     prompt: finite(value.prompt),
     tokens: finite(value.tokens),
     most: finite(value.most),
+    characters: finite(value.characters),
+    leftOut: finite(value.leftOut),
     finish: finish || "error",
     error: error ? { kind: string(error.kind), message: string(error.message), retryAt: 0 } : undefined,
   };

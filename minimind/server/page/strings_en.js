@@ -64,6 +64,7 @@ export default {
   speed: "{speed} tokens/s",
   context: "context {used} / {most}",
   empty: "The answer is empty",
+  leftOut: "oldest turns left out to fit: {count}",
   stopped: "Stopped",
   cutOff: "Cut off at the length limit",
 

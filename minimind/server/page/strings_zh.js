@@ -64,6 +64,7 @@ export default {
   speed: "{speed} token/s",
   context: "上下文 {used} / {most}",
   empty: "回答是空的",
+  leftOut: "上下文放不下，最早 {count} 轮没有发送",
   stopped: "已停止",
   cutOff: "到达长度上限，回答未完",
 
