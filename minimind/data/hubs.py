@@ -4,7 +4,7 @@
     files = hub.files()
     hub.fetch(files["sft_mini_512.jsonl"], Path("dataset/.cache/download/modelscope"))
 
-Nothing is sent that identifies the user, since the data is public.
+The data is public: no login is used, and none is sent.
 """
 
 from __future__ import annotations

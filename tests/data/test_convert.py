@@ -194,6 +194,15 @@ def test_llamafactory_reads_what_is_written(convert, llamafactory, tmp_path, nam
         assert not seen["_tools"]
 
 
+def test_llamafactory_reads_texts_as_they_are(convert, llamafactory):
+    with pytest.raises(UserError) as refused:
+        convert([{"text": "床前明月光"}], "--to", "alpaca")
+    entry = json.loads(str(refused.value).partition("with the entry ")[2])
+    (attributes,) = llamafactory.parser.get_dataset_list(["mine"], {"mine": entry})
+    reader = llamafactory.converter.get_dataset_converter(attributes.formatting, attributes, None)
+    assert reader({"text": "床前明月光"})["_prompt"] == [{"role": "user", "content": "床前明月光"}]
+
+
 # ---- dataset_info.json ----
 
 
