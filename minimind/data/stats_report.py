@@ -67,7 +67,7 @@ def fate(packed: Packed, stats: Stats) -> str:
     if packed.cut or packed.dropped:
         what, of = ("answer ", stats.target_tokens) if stats.kind != "preference" else ("", stats.tokens)
         lost = f"{packed.cut_tokens:,} {what}tokens lost ({packed.cut_tokens / of:.1%})"
-        parts.append(f"records cut: {packed.cut:,}, left out: {packed.dropped:,}, {lost}")
+        parts.append(f"records cut: {packed.cut:,}, left out: {packed.dropped:,}; {lost}")
     return "; ".join(parts)
 
 
