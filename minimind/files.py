@@ -31,7 +31,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else "the write broke off"
+        reason = getattr(error, "strerror", None) or "the write broke off"
         raise UserError(f"could not write {path}: {reason}{free_space(path.parent)}") from error
     finally:
         with contextlib.suppress(OSError):  # said above, if it matters

@@ -58,7 +58,7 @@ inputs = tokenizer.apply_chat_template(
 )"""
 CONTINUE = """\
 # It continues texts; it has not learned to answer.
-inputs = tokenizer("<|im_start|>人工智能", return_tensors="pt", return_token_type_ids=False)"""
+inputs = tokenizer("<|im_start|>人工智能", return_tensors="pt")"""
 
 
 def card(

@@ -90,6 +90,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     if (path := tokenizer.path / "tokenizer_config.json").exists():
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("chat_template", None)  # it goes to a file of its own
+    config = {"model_input_names": ["input_ids", "attention_mask"]} | config  # transformers 4 adds one more
     files = {"tokenizer.json": tokenizer.tokenizer_json, "tokenizer_config.json": as_json(config)}
     if tokenizer.chat_template:
         files["chat_template.jinja"] = with_marks(tokenizer.chat_template)

@@ -18,7 +18,6 @@ from minimind.chat.inference import interleave
 from minimind.chat_template import without_marks
 from minimind.config import ModelConfig
 from minimind.errors import UserError
-from minimind.files import atomic_write
 from minimind.model import MiniMind
 from minimind.tokenizer import WORD, Tokenizer
 
@@ -37,13 +36,13 @@ PRE_TOKENIZERS = {
 PROJECTIONS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
-def write_gguf(path: Path, model: MiniMind, tokenizer: Tokenizer, dtype: str, name: str) -> None:
-    """Write `path` as a whole or not at all.
+def gguf_writer(model: MiniMind, tokenizer: Tokenizer, dtype: str, name: str) -> GGUFWriter:
+    """All that the file will hold.
 
     Args: dtype: f32, f16 or q8_0, of matrices: norms and routers are small and stay in fp32; name: what
         programs call the model.
-    Raises: UserError when the gguf package is missing, the tokenizer is one that llama.cpp does not know, or
-        the file cannot be written.
+    Raises: UserError when the gguf package is missing, llama.cpp does not know such a tokenizer, or `dtype`
+        cannot hold a weight.
     """
     try:
         from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
@@ -58,16 +57,17 @@ def write_gguf(path: Path, model: MiniMind, tokenizer: Tokenizer, dtype: str, na
     add_tokenizer(writer, tokenizer)
     for tensor_name, tensor in gguf_tensors(model):
         add_tensor(writer, tensor_name, tensor, dtype)
+    return writer
 
-    def write(file: Any) -> None:
-        writer.write_header_to_file(Path(file.name))  # the same file, opened once more
+
+def write(writer: GGUFWriter, path: Path) -> None:
+    try:
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-
-    try:
-        atomic_write(path, write)
+        writer.flush()
     finally:
-        with contextlib.suppress(OSError):  # what a full disk did not take is said above
+        with contextlib.suppress(OSError):  # of a full disk, which `flush` has told
             writer.close()
 
 

@@ -30,15 +30,16 @@ class OllamaOptions(WeightOptions):
 def export(argv: Sequence[str] | None = None) -> int:
     """Write a model as a GGUF file, for llama.cpp, LM Studio and others."""
     options = parse_flags(GGUFOptions, argv, export.__doc__)
-    from minimind.files import refuse_to_replace
+    from minimind.files import atomic_write, refuse_to_replace
 
     if options.file is None:
         raise UserError("name the file to write: minimind export gguf FILE")
     refuse_to_replace(options.file)
-    from minimind.export.gguf import write_gguf
+    from minimind.export.gguf import gguf_writer, write
 
     model, tokenizer = options.load()
-    write_gguf(options.file, model, tokenizer, options.dtype, options.title)
+    writer = gguf_writer(model, tokenizer, options.dtype, options.title)
+    atomic_write(options.file, lambda file: write(writer, Path(file.name)))  # it opens the file itself
     size = options.file.stat().st_size / 1e6
     print(f"{options.file}: {options.title}, {options.dtype}, {size:.1f} MB")
     return 0

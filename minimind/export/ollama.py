@@ -8,7 +8,7 @@ from pathlib import Path
 from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import PENALTY_WINDOW
 from minimind.errors import UserError
-from minimind.export.gguf import write_gguf
+from minimind.export.gguf import gguf_writer, write
 from minimind.files import atomic_folder
 from minimind.model import MiniMind
 from minimind.tokenizer import IM_END, IM_START, Tokenizer
@@ -30,11 +30,12 @@ TEMPLATE = """\
 def write_ollama(folder: Path, model: MiniMind, tokenizer: Tokenizer, dtype: str, name: str) -> None:
     """Write `folder` as a whole or not at all.
 
-    Raises: UserError as `write_gguf` does, or when the chat template is not ChatML.
+    Raises: UserError as `gguf_writer` does, or when the chat template is not ChatML or a write fails.
     """
     text = modelfile(tokenizer)
+    writer = gguf_writer(model, tokenizer, dtype, name)
     with atomic_folder(folder) as building:
-        write_gguf(building / GGUF, model, tokenizer, dtype, name)
+        write(writer, building / GGUF)
         (building / "Modelfile").write_text(text, encoding="utf-8")
 
 

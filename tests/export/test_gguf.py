@@ -17,7 +17,7 @@ from test_tokenizer import CONVERSATION, MINIMIND2, needs_shared
 
 from minimind.chat_template import compile_template
 from minimind.errors import UserError
-from minimind.export.gguf import gguf_tensors, write_gguf
+from minimind.export.gguf import gguf_tensors, gguf_writer, write
 from minimind.export.ollama import modelfile
 from minimind.paths import ROOT, TOKENIZER_DIR
 from minimind.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def test_llama_cpp_computes_the_same(kind, out, minimind, tmp_path, llama_cpp):
 )
 def test_llama_cpp_reads_text_as_we_do(directory, tmp_path, llama_cpp):
     tokenizer = Tokenizer.load(directory)
-    write_gguf(tmp_path / "model.gguf", random_model(DENSE), tokenizer, "f16", "test")
+    write(gguf_writer(random_model(DENSE), tokenizer, "f16", "test"), tmp_path / "model.gguf")
     everywhere = "".join(f"x{chr(c)}y {chr(c)}1\n" for c in range(1, 0x3400, 7))
     chat = tokenizer.render_chat(CONVERSATION, add_generation_prompt=True)
     told = llama_cpp(tmp_path / "model.gguf", texts=[*MIXED, everywhere, chat])
@@ -179,8 +179,7 @@ def test_tokenizers_that_llama_cpp_does_not_know_are_refused(tmp_path):
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "x|y"
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"llama\.cpp has no name for the way in which the tokenizer in"):
-        write_gguf(tmp_path / "model.gguf", random_model(DENSE), Tokenizer.load(tmp_path), "f16", "test")
-    assert not (tmp_path / "model.gguf").exists()
+        gguf_writer(random_model(DENSE), Tokenizer.load(tmp_path), "f16", "test")
 
 
 def test_numbers_too_large_are_refused(minimind, out, tmp_path):
@@ -198,13 +197,18 @@ def test_nothing_is_overwritten_or_left_half(minimind, tmp_path, monkeypatch):
         minimind("export gguf", tmp_path / "model.gguf", *SIZE)
     assert (tmp_path / "model.gguf").read_text() == "mine"
 
-    def full(*_args, **_more):
-        raise OSError(28, "No space left on device")
+    for error, reason in (
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("100 requested and 0 written"), "the write broke off"),  # numpy's way to say it
+    ):
 
-    monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", full)
-    for name, target in (("gguf", "other.gguf"), ("ollama", "folder")):
-        with pytest.raises(UserError, match=r"could not write .*: No space left on device"):
-            minimind(f"export {name}", tmp_path / target, *SIZE)
+        def full(*_args, error=error, **_more):
+            raise error
+
+        monkeypatch.setattr(GGUFWriter, "write_tensors_to_file", full)
+        for name, target in (("gguf", "other.gguf"), ("ollama", "folder")):
+            with pytest.raises(UserError, match=rf"could not write {tmp_path / target}: {reason}; "):
+                minimind(f"export {name}", tmp_path / target, *SIZE)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "model.gguf"}
     for name, what in (("gguf", "file"), ("ollama", "folder")):
         with pytest.raises(UserError, match=f"name the {what} to write"):
