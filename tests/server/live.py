@@ -23,6 +23,8 @@ from minimind.server.connection import Server
 from minimind.server.static import PAGE
 from minimind.tokenizer import Tokenizer
 
+ASK = [{"role": "user", "content": "你好"}]
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 CONFIG = ModelConfig(hidden_size=64, num_hidden_layers=2)
 TOKENIZER = Tokenizer.load()
 
@@ -50,12 +52,25 @@ class Live:
     def metric(self, name: str, model: str = "minimind") -> float:
         return self.service.metrics.registry.get_sample_value(f"minimind_{name}", {"model": model}) or 0.0
 
-    def eventually(self, name: str, value: float, seconds: float = 10) -> bool:
+    def eventually(self, name: str, value: float) -> bool:
         """Whether a metric takes a value, within some time."""
-        end = time.monotonic() + seconds
-        while self.metric(name) != value and time.monotonic() < end:
-            time.sleep(0.01)
-        return self.metric(name) == value
+        return eventually(lambda: self.metric(name) == value)
+
+    def chat(self, messages=ASK, **more):
+        """By OpenAI's client."""
+        fixed = {"model": "minimind", "messages": messages, "max_tokens": 24, "seed": 5}
+        return self.openai.chat.completions.create(**fixed | more)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def chat_ids(messages) -> list[int]:
+    return TOKENIZER.encode_chat(messages, add_generation_prompt=True)[0]
 
 
 def shown(tokens: Iterable[int]) -> str:
