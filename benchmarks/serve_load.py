@@ -44,7 +44,7 @@ class LoadOptions:
     preset: str = flag("small", "model size", choices=tuple(PRESETS))
     requests: int = flag(2000, "questions, all different")
     streams: int = flag(64, "how many are asked at a time")
-    new_tokens: int = flag(48, "longest answer")
+    new_tokens: int = flag(64, "longest answer; each question asks for a quarter of it to all of it")
     rows: int = flag(64, "rows of the server")
     tie: float = flag(1e-4, "difference of two log-probabilities that rounding may decide")
     json: Path = flag(ROOT / "benchmarks/results/serve_load.json", "where the results are written")
@@ -97,30 +97,27 @@ def port_of(line: str) -> int:
     return int(line.split()[1].rstrip("/").rpartition(":")[2])
 
 
-def questions(count: int) -> list[str]:
-    """Different ones, of 10 to 200 tokens."""
+def questions(count: int, new_tokens: int) -> list[dict[str, Any]]:
+    """Bodies of different requests, of 10 to 200 tokens, for greedy answers of different lengths."""
     random = Random(0)
-    texts = []
+    bodies = []
     for number in range(count):
         words = "、".join(random.choices(TOPICS, k=random.randint(0, 40)))
-        topic = random.choice(TOPICS)
-        texts.append(f"第{number}问：{words}。请介绍一下{topic}，再算{number}加{random.randint(1, 99)}。")
-    return texts
+        topic, other = random.choice(TOPICS), random.randint(1, 99)
+        text = f"第{number}问：{words}。请介绍一下{topic}，再算{number}加{other}。"
+        length = random.randint(max(1, new_tokens // 4), new_tokens)
+        fixed = {"temperature": 0, "repetition_penalty": 1, "max_tokens": length}
+        bodies.append({"messages": [{"role": "user", "content": text}], **fixed})
+    return bodies
 
 
 async def measure(port: int, options: LoadOptions) -> dict[str, Any]:
-    texts = questions(options.requests)
-
-    def ask(text: str) -> dict[str, Any]:
-        message = {"role": "user", "content": text}
-        fixed = {"temperature": 0, "repetition_penalty": 1, "max_tokens": options.new_tokens}
-        return {"messages": [message], **fixed}
-
-    alone, seconds_alone = await ask_all(port, [ask(text) for text in texts], 1, "alone")
-    together, seconds = await ask_all(port, [ask(text) for text in texts], options.streams, "together")
+    bodies = questions(options.requests, options.new_tokens)
+    alone, seconds_alone = await ask_all(port, bodies, 1, "alone")
+    together, seconds = await ask_all(port, bodies, options.streams, "together")
     verdicts = [
-        await judge(port, ask(text), own, found, options.tie)
-        for text, own, found in zip(texts, alone, together, strict=True)
+        await judge(port, body, own, found, options.tie)
+        for body, own, found in zip(bodies, alone, together, strict=True)
     ]
     counts = {name: verdicts.count(name) for name in ("same", "rounded", "wrong", "lost")}
     return counts | {

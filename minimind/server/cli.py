@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 KEY = "MINIMIND_API_KEY"
 MAKE_KEY = "openssl rand -hex 24"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-BACKLOG = 2048  # connections that the system keeps until they are taken
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def bind(host: str, port: int, key: str | None) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was closed a moment ago
     try:
         listener.bind(address)
-        listener.listen(BACKLOG)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
 from signal import SIGINT
@@ -18,10 +19,19 @@ HEADER_SECONDS = 10  # from the beginning of a connection, or of a request on it
 STALLED_SECONDS = 60  # in which a client reads nothing of what waits for it
 LEAVE_SECONDS = 5  # for clients to take in that the server stops
 
-LATE = (
-    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: text/plain; charset=utf-8\r\n"
-    b"Connection: close\r\nContent-Length: 25\r\n\r\nthe request did not come\n"
-)
+BACKLOG = 128  # connections that are taken at once, and that the system keeps until then
+# A process that has no file left to open can take no connection, not even to refuse it.
+MOST_CONNECTIONS = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 2 * BACKLOG)
+
+
+def plain_response(status: str, text: bytes, header: str = "") -> bytes:
+    """A whole response to a request that has not been read."""
+    head = f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nConnection: close\r\n{header}"
+    return f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
+
+
+LATE = plain_response("408 Request Timeout", b"the request did not come\n")
+CROWDED = plain_response("429 Too Many Requests", b"too many connections\n", "Retry-After: 1\r\n")
 
 
 class ImpatientProtocol(H11Protocol):
@@ -35,7 +45,11 @@ class ImpatientProtocol(H11Protocol):
 
     def connection_made(self, transport: Transport) -> None:
         super().connection_made(transport)
-        self._expect_request()
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.write(CROWDED)
+            transport.close()
+        else:
+            self._expect_request()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -87,6 +101,7 @@ class Server(uvicorn.Server):
             http=ImpatientProtocol,
             ws="none",
             lifespan="on",
+            backlog=BACKLOG,
             timeout_graceful_shutdown=grace + LEAVE_SECONDS,
             log_level="warning",
             server_header=False,

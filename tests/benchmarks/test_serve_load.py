@@ -22,7 +22,7 @@ def test_a_small_run_finds_all_answers_right(tmp_path, monkeypatch):
     assert results["wrong"] == results["lost"] == 0
     assert results["different_answers"] > 6
     for name in ("alone", "together"):
-        assert results[name]["tokens"] == 12 * 5
+        assert 12 < results[name]["tokens"] < 12 * 5
         assert 0 < results[name]["first_token_s"]["p50"] < results[name]["answer_s"]["p50"]
 
 

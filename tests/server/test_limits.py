@@ -178,6 +178,16 @@ def test_headers_that_do_not_end_are_not_waited_for(monkeypatch):
         assert live.http.get("/health").status_code == 200
 
 
+def test_only_so_many_connections_are_kept(monkeypatch):
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 5)
+    with running() as live:
+        kept = [raw(live, b"") for _ in range(5)]
+        assert read_all(raw(live, b"")).startswith(b"HTTP/1.1 429 ")
+        for connected in kept:
+            connected.close()
+        assert eventually(lambda: live.http.get("/health").status_code == 200)
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
     with running() as live:
