@@ -145,6 +145,33 @@ def test_a_second_ctrl_c_leaves_at_once(serve, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_broken_engine_ends_the_command_with_1(out, monkeypatch, capsys):
+    def broken(_):
+        raise RuntimeError("out of luck")
+
+    def ask() -> int:
+        assert eventually(lambda: listening)
+        return httpx.post(listening[0] + CHAT, json={"messages": ASK}, timeout=30).status_code
+
+    def announced(host, port, key, bind=cli.bind):
+        listener = bind(host, port, key)
+        listening.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        return listener
+
+    listening: list[str] = []
+    monkeypatch.setattr("minimind.chat.engine.Engine.step", broken)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    monkeypatch.setattr(cli, "bind", announced)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            status = threads.submit(ask)
+            assert cli.main(["--out_dir", str(out), "--port", "0", "--device", "cpu"]) == 1
+            assert status.result() == 503
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_taken_port_is_said(out):
     with cli.bind("127.0.0.1", 0, None) as taken:
         port = str(taken.getsockname()[1])
