@@ -139,7 +139,8 @@ def test_what_had_come_survives_closing_the_tab(stub, visit):
     stub.answers = [Answer(["半句", "话"], hold=Event())]
     page = visit(stub.url)
     type_and_send(page, "说")
-    page.get_by_text("半句").wait_for()
+    kept = "() => Object.values(localStorage).some((text) => text.includes('半句'))"
+    page.wait_for_function(kept)  # before the end, for a browser may also crash
     page.reload()
     page.locator(".foot").wait_for()
     assert texts(page) == ["说", "半句"]
