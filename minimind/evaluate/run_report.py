@@ -76,7 +76,7 @@ def write_run_report(folder: Path, path: Path | None = None) -> Path:
         lead=state,
         runs=[(folder.name, log)],
         figures=figures(run, columns),
-        samples=read_samples(folder / SAMPLES),
+        samples=read_samples(folder / SAMPLES, run.get("run_id")),
         tables={
             "用量 · What it took": cost(run),
             "数据 · Data": data(run),
@@ -101,8 +101,8 @@ def read_run(path: Path) -> dict[str, Any]:
     return run
 
 
-def read_samples(path: Path) -> list[tuple[str, str]]:
-    """Prompts and answers; lines that are none are passed over."""
+def read_samples(path: Path, run_id: object) -> list[tuple[str, str]]:
+    """Prompts and answers of this run, not of one before it; lines that are none are passed over."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -111,7 +111,8 @@ def read_samples(path: Path) -> list[tuple[str, str]]:
     for line in lines:
         try:
             sample = json.loads(line)
-            samples.append((str(sample["prompt"]), str(sample["answer"])))
+            if sample["run_id"] == run_id:
+                samples.append((str(sample["prompt"]), str(sample["answer"])))
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return samples

@@ -33,6 +33,7 @@ from minimind.config import model_config
 from minimind.data.batches import Batch, PackedDataset, prefetch
 from minimind.data.records import Kind
 from minimind.errors import UserError
+from minimind.evaluate.run_report import REPORT, SAMPLES
 from minimind.files import atomic_write, check_writable
 from minimind.model import MiniMind
 from minimind.paths import OUT_DIR
@@ -635,7 +636,8 @@ class Trainer:
         self.is_new = False
         if not self.parallel.is_main:
             return
-        found = [path for path in (checkpoints, self.weights_path) if path.exists()]
+        results = (checkpoints, self.weights_path, self.run_dir / REPORT, self.run_dir / SAMPLES)
+        found = [path for path in results if path.exists()]
         if found:
             previous = self.run_dir / "previous"
             shutil.rmtree(previous, ignore_errors=True)

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from minimind.errors import UserError
+from minimind.evaluate.run_report import SAMPLES, write_run_report
 from minimind.files import atomic_write
 from minimind.train.memory import is_out_of_memory
 
@@ -17,8 +18,6 @@ PROMPTS, TOKENS = 4, 64  # a second or two with 26 M parameters on two cores
 
 def conclude(trainer: Trainer) -> None:
     """Write `samples.jsonl` and `report.html`. Both can be had later too, so nothing is worth failing for."""
-    from minimind.evaluate.run_report import SAMPLES, write_run_report
-
     try:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples(trainer)]
         atomic_write(trainer.run_dir / SAMPLES, lambda file: file.write("".join(lines).encode()))
@@ -52,4 +51,7 @@ def samples(trainer: Trainer) -> list[dict[str, str]]:
             raise
         return []
     texts = (trainer.tokenizer.decode(answer) for answer in answers)
-    return [{"prompt": text, "answer": answer} for text, answer in zip(asked, texts, strict=True)]
+    return [
+        {"run_id": trainer.run_id, "prompt": prompt, "answer": answer}
+        for prompt, answer in zip(asked, texts, strict=True)
+    ]

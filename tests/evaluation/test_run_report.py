@@ -56,7 +56,7 @@ def run_dir(tmp_path):
         for s in range(1, 61)
     ] + [{"step": s, "eval_loss": 2.5, "eval_bpb": 2 - s / 60} for s in (30, 60)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sample = {"prompt": "长城是", "answer": "<script>alert('坏')</script>"}
+    sample = {"run_id": "1234abcd", "prompt": "长城是", "answer": "<script>alert('坏')</script>"}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     return folder
 
@@ -155,6 +155,11 @@ def test_metrics_of_other_stages_are_drawn_too(run_dir):
     html = page(run_dir)
     for name in ("Rewards", "Expert load", "rewards/margins", "balance_loss"):
         assert re.search(rf'aria-label="[^"]*{name}', html)
+
+
+def test_samples_of_an_earlier_run_are_not_shown(run_dir):
+    (run_dir / "run.json").write_text(json.dumps(RUN | {"run_id": "another"}))
+    assert "长城是" not in page(run_dir)
 
 
 def test_without_a_folder_the_newest_run_is_taken(run_dir):
