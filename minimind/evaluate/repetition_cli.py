@@ -95,8 +95,7 @@ def prompts(path: Path, limit: int) -> list[str]:
 
     Raises: UserError as reading data does.
     """
-    from minimind.data.records import read_records
-    from minimind.data.check import kind_of
+    from minimind.data.records import kind_of, read_records
 
     kind = kind_of(path)
     texts = []
