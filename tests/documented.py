@@ -13,6 +13,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -30,7 +31,7 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`((?:minimind|python|make|torchrun|deepspeed) [^`\n]+)`(?!`)")
 NEEDS = re.compile(r"#.*(?:\bneeds\b|需要)")
-OWN_WORDS = {"cd", "source", "mkdir", "pre-commit"}  # of a shell, and of the tools that come with `dev`
+OWN_WORDS = {"cd", "source", "export", "mkdir", "pre-commit"}  # of a shell, and of tools that come with `dev`
 LAUNCHERS = ("torchrun", "deepspeed")
 
 
@@ -208,6 +209,8 @@ def check(command: Command) -> None:
                 check(launched)
     elif program == "make":
         check_target(arguments)
+    elif program == "pip":  # says by itself that it needs the network
+        check_extras(arguments)
     elif found := own_main(command):
         check_flags(*found, command.whole)
     elif not command.marked and program not in OWN_WORDS:
@@ -239,6 +242,15 @@ def check_target(arguments: list[str]) -> None:
     missing = [word for word in arguments if "=" not in word and word not in targets]
     if missing:
         raise Wrong(f"the Makefile has no {', '.join(missing)}")
+
+
+def check_extras(arguments: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in arguments:
+        if found := re.fullmatch(r"(?:minimind|\.)\[(.+)\]", word):
+            for extra in found[1].split(","):
+                if extra.strip() not in extras:
+                    raise Wrong(f"pyproject.toml has no extra {extra}")
 
 
 def check_flags(main: Callable[..., Any], arguments: list[str], whole: bool) -> None:
@@ -275,5 +287,5 @@ def check_flags(main: Callable[..., Any], arguments: list[str], whole: bool) -> 
     except SystemExit as ended:
         code = ended.code
     error = next((line for line in said.getvalue().splitlines() if "error: " in line), "")
-    if code and (whole or "arguments are required" not in error):
+    if code and (whole or not re.search(r"arguments are required|expected .*argument", error)):
         raise Wrong(error)

@@ -19,6 +19,7 @@ from minimind.cli import COMMANDS, main
 from minimind.config import ModelConfig
 from minimind.errors import UserError
 from minimind.lora import TARGETS, attach, load_adapters, save_lora
+from minimind.paths import ROOT
 from minimind.weights import load_model, save_weights
 
 SIZE = ["--hidden_size", "64", "--num_hidden_layers", "2"]
@@ -290,3 +291,44 @@ def test_folders_that_cannot_be_imported(out, minimind, tmp_path):
     refused("a pickle, which can run code, and is not read; write it with")
     with pytest.raises(UserError, match="--lora_name is"):
         minimind("import peft", "--lora_name", "../x", "--peft_dir", folder)
+
+
+# ---- Exit codes ----
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("train sft --help", 0),
+        ("completion bash", 0),
+        ("chat --out_dir nowhere", 1),
+        ("doctor nothing.jsonl", 1),
+        ("train sft --seed -1", 1),
+        ("train sft --nothing 1", 2),
+        ("completion powershell", 2),
+        ("nothing", 2),
+        ("", 2),
+    ],
+)
+def test_exit_codes(words, code):
+    """As docs/*/commands.md says them; a user's mistake is one line, not a stack trace."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minimind", *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.startswith("error: ")
+
+
+def test_a_reader_who_leaves_is_no_error():
+    """`minimind completion bash | true`"""
+    line = f'set -o pipefail; "{sys.executable}" -m minimind completion bash | true'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode in (0, 141)  # the script may fit the pipe
+    assert done.stderr == ""

@@ -100,6 +100,7 @@ def test_the_commands_of_a_page_exist_and_take_their_flags(page):
         ("python eval_model.py --model_mode 9", "invalid choice"),
         ("make nothing", "the Makefile has no nothing"),
         ("curl http://localhost", "say what it needs"),
+        ("pip install 'minimind[doc]'", "no extra doc"),
         ("cd trainer && python train_dpo.py --nope", "unrecognized arguments"),
     ],
 )
@@ -292,3 +293,36 @@ def test_links_between_the_languages_lead_somewhere(site):
     for page in site.rglob("*.html"):
         for target in re.findall(r'href="([^":#]+\.html)', page.read_text("utf-8")):
             assert page.name == "404.html" or (page.parent / target).is_file(), f"{page}: {target}"
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    return runpy.run_path(str(ROOT / "docs/hooks.py"))
+
+
+def test_what_a_link_that_stands_alone_becomes(hooks, tmp_path, monkeypatch):
+    shown, zh = hooks["shown"], ROOT / "docs/zh"
+    code = shown(zh, "../../minimind/moe.py", "MoE.forward")
+    assert code.splitlines()[1].startswith("def forward(self, x: Tensor")
+    assert re.match(r'```python title="minimind/moe.py" linenums="\d+"\n', code)
+    assert '"base": ModelConfig(' in shown(zh, "../../minimind/config.py", "PRESETS")
+    result = {"rates": {"one": {"a": [3, 1, 2], "b": 1234.5}}, "flat": {"x": 0.12345}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    monkeypatch.setitem(shown.__globals__, "ROOT", tmp_path)
+    assert "| | a | b |\n|---|---|---|\n| one | 2 | 1,234 |" in shown(tmp_path, "result.json", "rates/a,b")
+    assert "| x | 0.123 |" in shown(tmp_path, "result.json", "flat")
+
+
+@pytest.mark.parametrize(
+    ("target", "anchor", "message"),
+    [
+        ("../../minimind/moe.py", "MoE.backward", "has no MoE.backward any more"),
+        ("../../minimind/moe.py", None, "name what to show of it"),
+        ("../../README.md", "x", "name what to show of it"),
+    ],
+)
+def test_what_cannot_be_shown_stops_the_build(hooks, target, anchor, message):
+    with pytest.raises(Exception, match=message):
+        hooks["shown"](ROOT / "docs/zh", target, anchor)
