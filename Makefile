@@ -19,8 +19,8 @@ lint: .venv/ready-dev  ## check style and types
 	$(BIN)/mypy
 
 docs: .venv/ready-dev  ## build the documentation in Chinese and English: site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet -f mkdocs.en.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f mkdocs.en.yml
 
 bench: .venv/ready-dev  ## speed: training beside the original's recipe, stages beside TRL, generation beside transformers
 	$(BIN)/python -m benchmarks.train_speed

@@ -67,11 +67,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(pieces)
 
 
-def on_page_content(content: str, **_: Any) -> str:
+def on_page_content(content: str, page: Page, **_: Any) -> str:
     def mathml(found: re.Match[str]) -> str:
-        return latex2mathml.converter.convert(
-            html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"
-        )
+        equation = html.unescape(found[2]).strip()
+        drawn = latex2mathml.converter.convert(equation, display="block" if found[1] == "div" else "inline")
+        if "\\" in drawn:  # a command that it does not know
+            raise PluginError(f"{page.file.src_path}: {equation} cannot be drawn: {drawn}")
+        return drawn
 
     return re.sub(
         r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', mathml, content, flags=re.DOTALL

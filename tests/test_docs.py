@@ -263,7 +263,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     for config, where in (("mkdocs.yml", folder), ("mkdocs.en.yml", folder / "en")):
         subprocess.run(
-            [sys.executable, "-m", "mkdocs", "build", "--quiet", "-f", ROOT / config, "-d", where],
+            [sys.executable, "-m", "mkdocs", "build", "-f", ROOT / config, "-d", where],
             check=True,
             cwd=ROOT,
             env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
