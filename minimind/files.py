@@ -68,7 +68,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def refuse_to_replace(path: Path) -> None:
     """Raises: UserError when `path` is there already and anything but an empty folder."""
     try:
-        there = path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir())))
+        place = path.resolve()  # "missing/../there" is there once missing/ has been made
+        empty = place.is_dir() and not any(place.iterdir())
+        there = path.is_symlink() or (place.exists() and not empty)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another") from None
     if there:

@@ -119,7 +119,7 @@ class Tokenizer:
             )
         try:
             return cls(tokenizer_json, *_read_template(path), path)
-        except KeyError as error:  # a character that stands for no byte
+        except (KeyError, TypeError) as error:  # a character that stands for no byte, an id for nothing
             raise UserError(
                 f"{file} is not byte-level BPE (it holds {error}): use one like GPT-2's"
             ) from None
@@ -278,7 +278,9 @@ def _read_template(path: Path) -> tuple[str, dict[str, str]]:
     if (path / "tokenizer_config.json").exists():
         try:
             config = json.loads(_read(path / "tokenizer_config.json", "copy it again"))
-        except json.JSONDecodeError as error:
+            if not isinstance(config, dict):
+                raise ValueError("it holds no object")
+        except ValueError as error:
             raise UserError(
                 f"{path / 'tokenizer_config.json'} is not JSON: {error}. Copy it again."
             ) from None
@@ -286,6 +288,7 @@ def _read_template(path: Path) -> tuple[str, dict[str, str]]:
         template = _read(path / "chat_template.jinja", "copy it again")
     else:
         template = config.get("chat_template", "")
+        template = template if isinstance(template, str) else ""  # several, by name
     variables = {"bos_token": IM_START, "eos_token": IM_END, "pad_token": END_OF_TEXT}
     variables |= {
         name: token for name, token in config.items() if name in TOKEN_NAMES and isinstance(token, str)

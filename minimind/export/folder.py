@@ -26,7 +26,7 @@ from minimind.export.huggingface import (
 from minimind.files import atomic_folder
 from minimind.model import MiniMind
 from minimind.tokenizer import TRANSFORMERS_CONFIG, Tokenizer
-from minimind.weights import fill_model
+from minimind.weights import fill_model, is_weight
 
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -114,7 +114,11 @@ def read_folder(folder: Path) -> MiniMind:
     same = head is not None and embedding is not None and torch.equal(head, embedding)
     if not (found.get("tie_word_embeddings") or same):
         raise UserError(f"{folder} holds a model that MiniMind cannot express: its embeddings are not tied")
-    return fill_model(minimind_state_dict(tensors, config), config, folder)
+    try:
+        state = minimind_state_dict(tensors, config)
+    except (IndexError, RuntimeError, ValueError):
+        raise UserError(f"{folder} does not fit a model of this shape: its experts are of another") from None
+    return fill_model(state, config, folder)
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
@@ -151,6 +155,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except (SafetensorError, OSError):
             raise UserError(f"{path} is damaged; copy it again") from None
+    if not all(map(is_weight, tensors, tensors.values())):
+        raise UserError(
+            f"{folder} holds tensors that are no real numbers; import the model as it was trained"
+        )
     return tensors
 
 

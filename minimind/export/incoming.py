@@ -70,7 +70,10 @@ def meaning(tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides about ids here: tokenizer.json without what is done around a text, and the chat format."""
     around = dict.fromkeys(("truncation", "padding", "post_processor"))
     probe = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-    chat = tokenizer.render_chat(probe, True) if tokenizer.chat_template else ""
+    try:
+        chat = tokenizer.render_chat(probe, add_generation_prompt=True)
+    except UserError:  # it has no template, or one that knows no system message
+        chat = tokenizer.chat_template
     return json.loads(tokenizer.tokenizer_json) | around | {"chat": chat}
 
 

@@ -167,6 +167,11 @@ def test_nothing_is_overwritten(minimind, tmp_path):
     with pytest.raises(UserError, match="hf exists already; move it or name another"):
         minimind("export hf", tmp_path / "hf", *SIZE)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for other in (tmp_path / "not_there" / ".." / "hf", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UserError, match="exists already"):
+            minimind("export hf", other, *SIZE)
     with pytest.raises(UserError, match="name the folder to write"):
         minimind("export hf", *SIZE)
 
@@ -374,6 +379,8 @@ def test_folders_that_are_damaged(exported, minimind):
     refused("lacks tensors|does not fit a model of this shape: Missing key")
     save_file(tensors | {"model.norm.weight": torch.full((64,), torch.nan)}, exported / "model.safetensors")
     refused("weights that are not numbers")
+    save_file(tensors | {"model.norm.weight": torch.ones(64) + 1j}, exported / "model.safetensors")
+    refused("tensors that are no real numbers")
     (exported / "model.safetensors").write_bytes(b"half")
     refused(r"model\.safetensors is damaged; copy it again")
     (exported / "model.safetensors").unlink()
@@ -390,6 +397,43 @@ def test_folders_that_are_damaged(exported, minimind):
         refused(r"config\.json is damaged; copy it again")
     (exported / "config.json").unlink()
     refused(r"there is no .*config\.json; name a folder that")
+
+
+@pytest.mark.parametrize("part", ["router.layer", "input_linear", "output_linear", "shared"])
+@pytest.mark.parametrize("size", [(), (3,), (1, 64, 384), (3, 64, 64)])
+def test_experts_of_another_shape_are_refused(part, size, minimind, tmp_path):
+    minimind("export hf", tmp_path / "hf", *shape(CONFIGS["moe"]))
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    name = next(name for name in tensors if part in name)
+    save_file(tensors | {name: torch.zeros(size)}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match="does not fit a model of this shape"):
+        minimind("import hf", tmp_path / "hf", "--stage", "reason")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not JSON: it holds no object"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+    ],
+)
+def test_tokenizers_that_are_damaged(name, text, message, exported, minimind):
+    (exported / name).write_text(text)
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        minimind("import hf", exported, "--stage", "reason")
+
+
+def test_a_template_that_refuses_system_messages_comes_along(exported, minimind, out):
+    """And one that is a list of several in tokenizer_config.json counts as none."""
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}…"
+    (exported / "chat_template.jinja").write_text(template)
+    assert minimind("import hf", exported, "--stage", "reason") == 0
+    kept = out / "runs/reason_64/tokenizer"
+    assert (kept / "chat_template.jinja").read_text() == template
+    (kept / "chat_template.jinja").unlink()
+    (kept / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "x"}]}')
+    assert Tokenizer.load(kept).chat_template == ""
 
 
 # ---- Weight files from elsewhere ----
