@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from minimind.tokenizer import Tokenizer
 LINE_ENDS = "\x85\u2028\u2029"  # to some clients, beside those that JSON escapes anyway
 
 
-class Shape:
+class Shape(ABC):
     """How one request is answered. Subclasses say what a choice looks like.
 
     Args: tokenizer: for the texts of tokens with log-probabilities.
@@ -49,16 +50,17 @@ class Shape:
             "total_tokens": self.prompt_tokens + completion_tokens,
         }
 
+    @abstractmethod
     def choice(self, number: int, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice in the whole answer."""
 
     def beginnings(self, count: int) -> list[dict[str, Any]]:
         """What a stream begins with."""
         return []
 
+    @abstractmethod
     def part(self, number: int, piece: Piece) -> dict[str, Any]:
         """A choice in a chunk."""
-        raise NotImplementedError
 
     def token_text(self, token: int) -> str:
         """The text of a token alone; bytes of a character's part as \\xe4."""
