@@ -98,6 +98,18 @@ def test_several_conversations_are_kept_renamed_deleted_and_brought_back(site, v
     assert titles(page) == ["水果"]
 
 
+def test_all_are_deleted_and_brought_back(site, visit):
+    page = visit(site)
+    for text in ("苹果", "香蕉"):
+        button(page, "新对话").first.click()
+        ask(page, text)
+    button(page, "设置").click()
+    button(page, "全部删除").click()
+    assert [titles(page), texts(page)] == [[], []]
+    button(page, "撤销").click()
+    assert titles(page) == ["香蕉", "苹果"]
+
+
 def test_back_leads_to_the_conversation_before(site, visit):
     page = visit(site)
     ask(page, "苹果")
@@ -198,6 +210,7 @@ def test_nothing_sticks_out_of_a_phone(site, visit):
     ask(page, "一个很长很长的问题，" * 30 + "https://example.com/" + "a" * 200)
     assert page.evaluate(outside) == []
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator(".log").evaluate("log => log.scrollWidth - log.clientWidth") == 0
     page.locator(".open-settings").click()
     page.wait_for_timeout(300)  # it slides in
     assert page.evaluate(outside) == []

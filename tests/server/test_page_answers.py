@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Event
 
 from minimind.chat.options import SamplingOptions
-from server.steps import ask, button, ended, texts, type_and_send
+from server.steps import ask, button, ended, texts, titles, type_and_send
 from server.stub import Answer
 
 PHONE = {"width": 360, "height": 640}
@@ -133,6 +133,19 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(stub, visit):
     page.locator(".chats .busy").wait_for(state="detached")
     button(page, "苹果？").click()
     assert texts(page) == ["苹果？", "苹果很甜"]
+
+
+def test_a_conversation_that_is_deleted_while_its_answer_comes_stays_deleted(stub, visit):
+    stub.answers = [Answer(["字"] * 400, pause=0.02)]
+    page = visit(stub.url)
+    type_and_send(page, "苹果？")
+    page.get_by_text("字字字").last.wait_for()
+    button(page, "删除“苹果？”").click()
+    assert stub.left.wait(5)
+    page.wait_for_timeout(1200)  # longer than a save waits
+    page.reload()
+    page.locator(".model:enabled").wait_for()
+    assert [titles(page), texts(page)] == [[], []]
 
 
 def test_what_had_come_survives_closing_the_tab(stub, visit):
