@@ -42,6 +42,7 @@ def test_regenerate_answers_the_same_question_again(site, visit):
     page.locator(".answer .foot").nth(1).wait_for()
     assert [page.locator(".question").count(), page.locator(".answer").count()] == [2, 2]
     assert button(page, "重新回答").count() == 1  # only the last can be
+    assert page.locator(".composer textarea").evaluate("area => area === document.activeElement")
 
 
 def test_a_conversation_longer_than_the_context_goes_on(site, visit):
@@ -68,6 +69,7 @@ def test_an_edited_message_replaces_what_followed_it(site, visit):
     page.locator(".answer .foot").wait_for()
     assert page.locator(".bubble").all_inner_texts() == ["改过的问题"]
     assert titles(page) == ["改过的问题"]
+    assert page.locator(".composer textarea").evaluate("area => area === document.activeElement")
 
 
 def test_several_conversations_are_kept_renamed_deleted_and_brought_back(site, visit):

@@ -12,10 +12,10 @@ const TICK = 200; // milliseconds between updates of the seconds of thinking
 export class Chat {
   /**
    * log: the element that scrolls. onChange(): told when another conversation is shown, or an answer begins or
-   * ends. onScroll(atEnd): told whether the end of the log is in sight.
+   * ends. onAsk(): told when a question was put. onScroll(atEnd): told whether the end of the log is in sight.
    */
-  constructor({ api, store, models, log, onChange, onScroll }) {
-    Object.assign(this, { api, store, models, log, onChange, onScroll });
+  constructor({ api, store, models, log, onChange, onAsk, onScroll }) {
+    Object.assign(this, { api, store, models, log, onChange, onAsk, onScroll });
     this.column = log.querySelector(".messages");
     this.generations = new Map(); // conversation → what writes its last message, also while another is shown
     this.conversation = newConversation();
@@ -133,6 +133,7 @@ export class Chat {
     this.atEnd = true;
     this.update();
     this.onChange();
+    this.onAsk();
     announce(t("answering"));
 
     const ticking = setInterval(() => this.updateSoon(conversation), TICK);

@@ -19,7 +19,7 @@ const onClick = (selector, act) => find(selector).addEventListener("click", act)
 const api = new Api(askForKey);
 const store = new Store(onStorage, onOtherTab);
 const models = new Models(api, find(".model"), onNoModels);
-const chat = new Chat({ api, store, models, log: find(".log"), onChange, onScroll });
+const chat = new Chat({ api, store, models, log: find(".log"), onChange, onAsk: focusComposer, onScroll });
 const composer = new Composer(find(".composer"), (text) => chat.send(text), () => chat.stop());
 const sidebar = new Sidebar({ page, store, chat, toggle: find(".toggle") });
 const panel = new SettingsPanel({ dialog: document.getElementById("settings"), store, chat, onChats });
@@ -73,7 +73,11 @@ function loadModels() {
 function newChat() {
   chat.open();
   sidebar.leave();
-  composer.focus();
+  focusComposer();
+}
+
+function focusComposer() {
+  if (matchMedia("(pointer: fine)").matches) composer.focus(); // elsewhere it would bring up a keyboard
 }
 
 function showWords() {
@@ -102,5 +106,5 @@ document.documentElement.addEventListener("appearance", () => {
 
 translate(document);
 chat.open(location.hash.slice(1));
-if (matchMedia("(pointer: fine)").matches) composer.focus(); // elsewhere it would bring up the keyboard
+focusComposer();
 loadModels();
