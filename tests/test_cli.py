@@ -303,7 +303,7 @@ def test_folders_that_cannot_be_imported(out, minimind, tmp_path):
         ("train sft --help", 0),
         ("completion bash", 0),
         ("chat --out_dir nowhere", 1),
-        ("doctor nothing.jsonl", 1),
+        ("data check nothing.jsonl", 1),
         ("train sft --seed -1", 1),
         ("train sft --nothing 1", 2),
         ("completion powershell", 2),
