@@ -96,23 +96,16 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     from gguf import TokenType
 
     content = json.loads(tokenizer.tokenizer_json)
-    added = {token["id"]: token for token in content["added_tokens"]}
-    texts = {i: text for text, i in content["model"]["vocab"].items()} | {
-        i: token["content"] for i, token in added.items()
-    }
-    kinds = [
-        TokenType.NORMAL
-        if i not in added
-        else TokenType.CONTROL
-        if added[i]["special"]
-        else TokenType.USER_DEFINED
-        for i in range(tokenizer.vocab_size)
-    ]
+    texts = {i: text for text, i in content["model"]["vocab"].items()}
+    kinds = dict.fromkeys(texts, TokenType.NORMAL)
+    for token in content["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        kinds[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     merges = content["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(content, tokenizer.path))
     writer.add_token_list([texts[i] for i in range(tokenizer.vocab_size)])
-    writer.add_token_types(kinds)
+    writer.add_token_types([kinds[i] for i in range(tokenizer.vocab_size)])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)

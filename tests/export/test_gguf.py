@@ -99,12 +99,11 @@ def test_llama_cpp_answers_and_stops_as_we_do(kind, dtype, minimind, tmp_path, l
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_llama_cpp_computes_the_same(kind, out, minimind, tmp_path, llama_cpp):
+@pytest.mark.parametrize("config", [*CONFIGS.values(), replace(CONFIGS["moe"], num_shared_experts=2)])
+def test_llama_cpp_computes_the_same(config, tmp_path, llama_cpp):
     """Random weights, and a prompt long enough for rotations to matter."""
-    config = CONFIGS[kind]
-    minimind("export gguf", tmp_path / "model.gguf", *shape(config), "--dtype", "f32")
-    model = load_model(out / f"full_sft_{config.name}.pth", "").eval()
+    model = random_model(config).eval()
+    write(gguf_writer(model, Tokenizer.load(), "f32", "random"), tmp_path / "model.gguf")
     prompt = torch.randint(3, 6400, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     told = llama_cpp(tmp_path / "model.gguf", prompts=[prompt], tokens=20)
     answer, probabilities = likeliest(model, prompt, 20)
