@@ -18,10 +18,13 @@ from minimind.errors import UserError
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a file beside `path`, flush it to the disk, and rename it into place.
 
-    Raises: UserError when the disk is full or the folder is not writable; `path` is then as it was.
+    Raises: UserError when the disk is full or the folder is not writable, or when `path` is there and no
+        file (a folder, /dev/null); it is then as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"could not write {path}: it is no plain file")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         with temporary.open("wb") as file:

@@ -94,8 +94,8 @@ class EvalOptions(ModelOptions):
         stage, adapters = MODES[self.model_mode], adapter_names(arguments)
         path = find_weights(stage, arguments, sys.stderr)
         if self.json:  # before the work, not after it
-            if self.json.is_dir():
-                raise UserError(f"--json {self.json} is a folder; name a file in it")
+            if self.json.exists() and not self.json.is_file():
+                raise UserError(f"--json {self.json} is no plain file; name another")
             check_writable(self.json.parent, "--json")
         from minimind.tokenizer import Tokenizer
         from minimind.train.parallel import Parallel, choose_device, choose_dtype, keep_freed_memory

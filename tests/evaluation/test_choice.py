@@ -181,7 +181,8 @@ def test_ctrl_c_says_how_far_it_got(questions, flags, tmp_path, monkeypatch, cap
         (["--lora_name", "nowhere"], "there is no adapter at"),
         (["--device", "cuda:77"], "cuda:77"),
         (["--json", "/proc/none/results.json"], "--json /proc/none cannot be written to"),
-        (["--json", "/tmp"], "is a folder"),
+        (["--json", "/tmp"], "is no plain file"),
+        (["--json", "/dev/null"], "is no plain file"),
     ],
 )
 def test_mistakes_are_one_sentence(questions, flags, more, message):
