@@ -30,6 +30,7 @@ class RepetitionOptions(EvalOptions):
     temperature: float = flag(DRAWN.temperature, "0: always the likeliest token")
     top_p: float = flag(DRAWN.top_p, "share of the probability to draw from")
     top_k: int | None = flag(DRAWN.top_k, "draw from the k likeliest tokens; without it all")
+    min_p: float = flag(DRAWN.min_p, "draw only tokens at least this share as likely as the likeliest; 0: all")
     repetition_penalty: float = flag(DRAWN.repetition_penalty, "1: none")
     max_new_tokens: int = flag(DRAWN.max_new_tokens, "tokens of an answer")
     seed: int = flag(DRAWN.seed, "of the draws")
