@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(LoadOptions, argv, __doc__)
+    load_before = round(os.getloadavg()[0], 1)  # of others
     with tempfile.TemporaryDirectory() as folder:
         out_dir = options.out_dir or make_weights(options.preset, Path(folder))
         command = [sys.executable, "-m", "minimind", "serve", "--out_dir", str(out_dir)]
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results = asyncio.run(measure(port, options))
             finally:
                 server.terminate()
-    report(results, options)
+    report(results | {"load_average_before": load_before}, options)
     return int(results["lost"] + results["wrong"] > 0)
 
 
