@@ -56,6 +56,35 @@ class Results:
         right = sum(self.choice(score, i) == self.questions[i].answer for i in indices)
         return Share(right, len(indices))
 
+    def unread(self) -> dict[str, Share]:
+        """How often rules are right that do not read the question, on those that were answered.
+
+        Right options are longer than wrong ones in many exams, and the scores by text have a liking for a
+        length: what such a rule gets is not knowledge.
+        """
+        questions = [self.questions[index] for index in self.answered]
+        lengths = [[len(option.encode()) for option in question.options] for question in questions]
+        answers = [question.answer for question in questions]
+        letter = max(range(len(LETTERS)), key=answers.count)
+        rules = {
+            "the longest option": [row.index(max(row)) for row in lengths],
+            "the shortest option": [row.index(min(row)) for row in lengths],
+            f"always {LETTERS[letter]}": [letter] * len(answers),
+        }
+        return {
+            rule: Share(sum(map(int.__eq__, choices, answers)), len(answers))
+            for rule, choices in rules.items()
+        }
+
+    def verdict(self, score: str) -> str:
+        """Whether the accuracy says anything."""
+        accuracy = self.accuracy(score, self.answered)
+        verdict = accuracy.against(CHANCE)
+        rule, best = max(self.unread().items(), key=lambda item: item[1].value)
+        if accuracy.interval.low > CHANCE and accuracy.interval.low <= best.value:
+            verdict += f", but not than {rule}"
+        return verdict
+
     def by_subject(self) -> dict[str, list[int]]:
         """The answered questions of each subject."""
         found = defaultdict(list)

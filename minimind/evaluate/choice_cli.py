@@ -113,7 +113,9 @@ def show_choice(results: Results, shots: int, max_seq_len: int) -> None:
     console.print(table)
     for score in SCORES:
         accuracy = results.accuracy(score, answered)
-        console.print(f"{score + ':':<15}{accuracy} % of {accuracy.total:,}: {accuracy.against(CHANCE)}")
+        console.print(f"{score + ':':<15}{accuracy} % of {accuracy.total:,}: {results.verdict(score)}")
+    unread = ", ".join(f"{rule} {100 * share.value:.1f} %" for rule, share in results.unread().items())
+    console.print(f"without reading the question: {unread}")
     chosen = ", ".join(f"{letter} {share:.0%}" for letter, share in results.letters_chosen().items())
     console.print(f"letters taken: {chosen}")
     console.print(
@@ -165,6 +167,7 @@ def choice_table(results: Results) -> dict[str, Any]:
         "interval": "Wilson, 95 %",
         "examples_mean": sum(results.examples) / len(results.examples),
         "all": accuracies(results.answered),
+        "unread": {rule: share.value for rule, share in results.unread().items()},
         "letters_chosen": results.letters_chosen(),
         "subjects": {
             name: {"questions": len(indices)} | accuracies(indices)

@@ -145,6 +145,32 @@ def test_a_model_that_knows_is_told_from_chance(flags, out, tmp_path, capsys):
     assert "better than chance" in capsys.readouterr().out
 
 
+def test_what_is_no_better_than_a_rule_is_told(tmp_path):
+    """100 questions whose right options are the longest 60 times; a model that takes the longest 50 times."""
+    records = [
+        {
+            "question": "?",
+            "A": "很长很长",
+            "B": "短",
+            "C": "中等",
+            "D": "中等",
+            "answer": "A" if i < 60 else "C",
+        }
+        for i in range(100)
+    ]
+    results = Results(read_questions(write_jsonl(tmp_path / "q.jsonl", records)))
+    likely = {True: [-4.0, -5.0, -5.0, -5.0], False: [-5.0, -4.0, -5.0, -5.0]}
+    results.log_likelihoods = {way: {i: likely[i < 50] for i in range(100)} for way in ("letter", "text")}
+    unread = {rule: share.value for rule, share in results.unread().items()}
+    assert unread == {"the longest option": 0.6, "the shortest option": 0.0, "always A": 0.6}
+    assert results.accuracy("text", results.answered).value == 0.5
+    assert results.verdict("text") == "better than chance, but not than the longest option"
+    for i in range(60, 100):
+        results.log_likelihoods["letter"][i] = [-5.0, -5.0, -4.0, -5.0]
+    assert results.accuracy("letter", results.answered).value == 0.9
+    assert results.verdict("letter") == "better than chance"
+
+
 def test_ties_go_to_the_first_as_in_lm_eval(questions):
     results = Results(read_questions(questions))
     results.log_likelihoods = {"letter": {0: [-1.0] * 4}, "text": {0: [-3.0, -2.0, -2.0, -3.0]}}
