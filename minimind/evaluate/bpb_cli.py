@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parse_flags(BpbOptions, argv, inspect.getdoc(main))
     from minimind.data.prepare import prepare
-    from minimind.data.check import kind_of
+    from minimind.data.records import kind_of
 
     kinds = [kind_of(path) for path in options.files]
     loaded = options.load()
