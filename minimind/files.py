@@ -31,14 +31,18 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
+        put_in_place(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = getattr(error, "strerror", None) or "the write broke off"
         raise UserError(f"could not write {path}: {reason}{free_space(path.parent)}") from error
     finally:
         with contextlib.suppress(OSError):  # said above, if it matters
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8. Raises: UserError as `atomic_write` does."""
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager
@@ -56,11 +60,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(temporary)
-        temporary.replace(folder)
-        sync_directory(folder.parent)
+            sync(path)
+        sync(temporary)
+        put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "the write broke off"
         raise UserError(f"could not write {folder}: {reason}{free_space(folder.parent)}") from error
@@ -68,8 +70,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_to_replace(path: Path) -> None:
-    """Raises: UserError when `path` is there already and anything but an empty folder."""
+def put_in_place(path: Path, final: Path) -> None:
+    """Rename what is wholly on the disk; the new name survives a power cut too."""
+    path.replace(final)
+    sync(final.parent)
+
+
+def refuse_to_replace(path: Path, mend: str = "move it or name another") -> None:
+    """Raises: UserError, with the `mend`, when `path` is there already and anything but an empty folder."""
     try:
         place = path.resolve()  # "missing/../there" is there once missing/ has been made
         empty = place.is_dir() and not any(place.iterdir())
@@ -77,7 +85,7 @@ def refuse_to_replace(path: Path) -> None:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another") from None
     if there:
-        raise UserError(f"{path} exists already; move it or name another")
+        raise UserError(f"{path} exists already; {mend}")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -108,9 +116,13 @@ def free_space(folder: Path) -> str:
         return ""
 
 
-def sync_directory(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def shown_size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,9 +11,12 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 WORD = -1  # what a word means that stands for a number
 REQUIRED = object()  # the default of an argument without a name that must be given
@@ -31,7 +34,7 @@ def flag(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] | Sequence[int] | None = None,
     positional: bool = False,
     word: str | None = None,
 ) -> Any:
@@ -75,8 +78,13 @@ def parser_settings(description: str | None) -> dict[str, Any]:
     }
 
 
-def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
-    """Give `parser` the flags of the dataclass `options`."""
+def part_of(source: object, options: type[Options]) -> Options:
+    """The dataclass `options` from what has its fields among others: parsed arguments, larger options."""
+    return options(**{item.name: getattr(source, item.name) for item in fields(options)})
+
+
+def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, options: type) -> None:
+    """Give `parser`, or a group of its flags, those of the dataclass `options`."""
     hints = typing.get_type_hints(options)
     for item in fields(options):
         name = item.name if item.metadata["positional"] else f"--{item.name}"
@@ -101,7 +109,7 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
         hint = typing.get_args(hint)[0]
         arguments["nargs"] = "+"
     if item.metadata["choices"]:
-        return arguments | {"choices": item.metadata["choices"]}
+        return arguments | {"choices": item.metadata["choices"]} | ({"type": int} if hint is int else {})
     if word := item.metadata["word"]:
         return arguments | {"type": number_or(word), "metavar": f"INT|{word}"}
     names = {Path: "PATH"} | ({str: "NAME"} if "nargs" in arguments else {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -16,6 +15,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.files import atomic_write
 from minimind.model import MiniMind
+from minimind.runs import RUN, read_run, run_folder
 from minimind.tokenizer import Tokenizer
 
 
@@ -23,9 +23,9 @@ def save_weights(model: MiniMind, path: Path) -> None:
     save_state(model.state_dict(), path)
 
 
-def save_state(state: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict in fp16, beside the target first, so that a crash leaves the old file whole."""
-    state = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in state.items()}
+def save_state(state: dict[str, Tensor], path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a state dict, beside the target first, so that a crash leaves the old file whole."""
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: stored once
     atomic_write(path, lambda file: torch.save(state, file))
 
@@ -137,13 +137,17 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
 
     Raises: UserError when the fingerprints differ.
     """
-    run = path.parent / "runs" / path.stem / "run.json"
-    try:
-        saved = json.loads(run.read_text(encoding="utf-8"))["tokenizer_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if saved != tokenizer.fingerprint:
+    if read_run(path).get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
-            f"{path} was trained with another tokenizer ({run} has its fingerprint) than the one in "
-            f"{tokenizer.path}; name that one with --tokenizer_path"
+            f"{path} was trained with another tokenizer ({run_folder(path) / RUN} has its fingerprint) than "
+            f"the one in {tokenizer.path}; name that one with --tokenizer_path"
+        )
+
+
+def check_vocabulary(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises: UserError, naming `path`, when a model of the shape `config` has not as many tokens."""
+    if config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{path} has a vocabulary of {config.vocab_size}, but the tokenizer in {tokenizer.path} has "
+            f"{tokenizer.vocab_size}; name the right one with --tokenizer_path"
         )

@@ -32,7 +32,7 @@ TYPED = [
     (["train", "sft", "--out_dir", "fo"], {"folder"}, {"former.txt"}),
     (["estimate", "pretrain", "--gpu", "30"], {"3060", "3080", "3090"}, {"4090"}),
     (["chat", "--model_mode", ""], {"0", "1", "2", "3", "4"}, set()),
-    (["doctor", "ch"], {"chats.jsonl"}, {"other"}),
+    (["data", "check", "ch"], {"chats.jsonl"}, {"other"}),
 ]
 
 

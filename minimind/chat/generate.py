@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from minimind.chat.engine import Engine
 from minimind.chat.inference import InferenceModel
@@ -24,6 +25,42 @@ def generate(
         yield from (event.token for event in engine.step() if event.token is not None)
 
 
+class Generated(NamedTuple):
+    """An answer to one of many prompts."""
+
+    place: int  # of the prompt
+    ids: list[int]
+    cut: bool  # by `max_new_tokens`
+
+
+def generate_each(
+    model: InferenceModel,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    stop_ids: Collection[int] = STOP_IDS,
+    rows: int = 64,
+) -> Iterator[Generated]:
+    """The answers to many prompts, as they end, each as `generate` would give it alone; `rows` at a time.
+
+    With a seed, prompt i is answered with seed + i: a prompt that comes twice shall have two answers.
+    """
+    if not prompts:
+        return
+    longest = max(map(len, prompts)) + options.max_new_tokens
+    engine = Engine(model, min(rows, len(prompts)), longest)
+    begun: dict[int, tuple[int, list[int]]] = {}  # by the engine's number: place, ids
+    for place, prompt in enumerate(prompts):
+        own = options if options.seed is None else replace(options, seed=(options.seed + place) % 2**63)
+        begun[engine.submit(prompt, own, stop_ids)] = place, []
+    while engine.busy:
+        for event in engine.step():
+            place, ids = begun[event.id]
+            if event.token is not None:
+                ids.append(event.token)
+            if event.finished:
+                yield Generated(place, ids, event.finished == "length")
+
+
 def generate_batch(
     model: InferenceModel,
     prompts: Sequence[Sequence[int]],
@@ -31,20 +68,5 @@ def generate_batch(
     stop_ids: Collection[int] = STOP_IDS,
     rows: int = 64,
 ) -> list[list[int]]:
-    """The answers to many prompts, in their order, each as `generate` would give it alone; `rows` at a time.
-
-    With a seed, prompt i is answered with seed + i: a prompt that comes twice shall have two answers.
-    """
-    if not prompts:
-        return []
-    longest = max(map(len, prompts)) + options.max_new_tokens
-    engine = Engine(model, min(rows, len(prompts)), longest)
-    answers: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        own = options if options.seed is None else replace(options, seed=(options.seed + place) % 2**63)
-        answers[engine.submit(prompt, own, stop_ids)] = []
-    while engine.busy:
-        for event in engine.step():
-            if event.token is not None:
-                answers[event.id].append(event.token)
-    return list(answers.values())
+    """The answers of `generate_each` in the order of their prompts."""
+    return [answer.ids for answer in sorted(generate_each(model, prompts, options, stop_ids, rows))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimind.errors import UserError
+from minimind.flags import flag
 
 WEIGHTS = ("half", "int8", "fp32")  # how an answering model can hold its weights, see `projections.py`
 
@@ -26,13 +27,13 @@ class SamplingOptions:
         seed: makes the draw repeatable; None: another answer every time.
     """
 
-    temperature: float = 0.85
-    top_p: float = 0.85
-    top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.05
-    max_new_tokens: int = 1024
-    seed: int | None = None
+    temperature: float = flag(0.85, "0: always the likeliest token")
+    top_p: float = flag(0.85, "share of the probability to draw from")
+    top_k: int | None = flag(None, "draw from the k likeliest tokens; without it all")
+    min_p: float = flag(0.0, "draw none less likely than this share of the likeliest")
+    repetition_penalty: float = flag(1.05, "1: none")
+    max_new_tokens: int = flag(1024, "tokens of an answer")
+    seed: int | None = flag(None, "makes answers repeatable")
 
     def __post_init__(self) -> None:
         # Written so that NaN, which compares as False, is refused too.

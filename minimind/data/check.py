@@ -1,24 +1,25 @@
-"""`minimind data check DATA.jsonl`: what is wrong with the records of a data file, and where.
+"""What is wrong with the records of a data file, and where.
+
+    minimind data check dataset/sft_mini_512.jsonl
 
 Each finding is one line: OK, WARNING or PROBLEM. The exit code is 1 when there is a problem.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
-from array import array
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
+from minimind.data.copies import exact_copies
+from minimind.data.found import Found
 from minimind.data.prepare import prepare
-from minimind.data.records import KINDS, BadRecord, Kind, Record, kind_of, parse_block, read_blocks, text_of
+from minimind.data.records import KINDS, AskedKind, Kind, Record, kind_of, parsed_blocks, text_of
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
 from minimind.findings import OK, PROBLEM, WARNING, Finding, verdict
@@ -28,8 +29,9 @@ from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.reason import ReasonOptions
 from minimind.stages.sft import SFTOptions
 from minimind.tokenizer import Tokenizer
+from minimind.train.options import TrainOptions
 
-READ_BY = {
+READ_BY: dict[Kind, type[TrainOptions]] = {
     "pretrain": PretrainOptions,
     "conversation": SFTOptions,
     "reasoning": ReasonOptions,
@@ -41,7 +43,6 @@ FATE = {  # of records that are too long
     "reasoning": "they lose their last answers, or all; raise it",
     "preference": "they are left out; raise it",
 }
-LINES_SHOWN = 5
 FEW_CHARACTERS = 5
 # A flaw is a problem where more than this share of all records has it, else a warning.
 TOLERATED = {"copied": 0.1, "over-long": 0.1, "nearly empty": 0.01, "garbled": 0.001}
@@ -57,7 +58,7 @@ GARBLED_SHARE = 0.001  # of a record's characters; one lost character in a novel
 @dataclass(frozen=True)
 class CheckOptions:
     file: Path = flag(REQUIRED, "JSONL file, plain or .gz", positional=True)
-    kind: str = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
+    kind: AskedKind = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
     max_seq_len: int | None = flag(None, "length of a row in tokens; without it as the stage that reads them")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
 
@@ -73,38 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass
-class Flaw:
+class Flaw(Found):
     """The records that share a flaw."""
 
-    count: int = 0
-    lines: list[int] = field(default_factory=list)  # of the first ones
     example: str = ""  # how it is in the first
 
     def add(self, line: int, example: str = "") -> None:
-        self.count += 1
+        super().add(line)
         self.example = self.example or example
-        if len(self.lines) < LINES_SHOWN:
-            self.lines.append(line)
-
-    @property
-    def where(self) -> str:
-        more = ", …" if self.count > len(self.lines) else ""
-        return f"line{'s' * (self.count > 1)} {', '.join(map(str, self.lines))}{more}"
 
 
 class Look:
-    """One reading of a file, block by block: all that can be told without a tokenizer.
-
-    12 bytes are kept of each record, to find copies.
-    """
+    """One reading of a file, block by block: all that can be told without a tokenizer."""
 
     def __init__(self, path: Path, kind: Kind) -> None:
         self.bad: dict[str, Flaw] = defaultdict(Flaw)  # by reason
         self.nearly_empty, self.garbled = Flaw(), Flaw()
-        self.hashes, self.lines = array("Q"), array("I")  # of every good record
-        for block in read_blocks(path):
-            is_bad = isinstance(block, BadRecord)  # not a block of lines
-            records, bad = ([], [block]) if is_bad else parse_block(block, kind, str(path))
+        self.good = 0
+        for records, bad in parsed_blocks(path, kind):
+            self.good += len(records)
             for flaw in bad:
                 example = f"{flaw.field}: {flaw.reason}"
                 self.bad[re.sub(r"\d+|`.*`", "", example)].add(flaw.line, example)
@@ -112,9 +100,6 @@ class Look:
                 self.look_at(line, record)
 
     def look_at(self, line: int, record: Record) -> None:
-        content = msgspec.json.encode(record)
-        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
-        self.lines.append(line)
         text = text_of(record)
         if len(text.strip()) < FEW_CHARACTERS:
             self.nearly_empty.add(line, repr(text))
@@ -122,40 +107,33 @@ class Look:
         if sum(map(len, garbage)) > GARBLED_SHARE * len(text):
             self.garbled.add(line, repr(garbage[0]))
 
-    def copies(self) -> Flaw:
-        """Records that an earlier one equals."""
-        hashes, lines = np.asarray(self.hashes), np.asarray(self.lines)
-        first = np.zeros(len(hashes), bool)
-        first[np.unique(hashes, return_index=True)[1]] = True
-        again = lines[~first]
-        return Flaw(len(again), again[:LINES_SHOWN].tolist())
 
-
-def check(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer) -> int:
+def check(path: Path, asked: AskedKind, max_seq_len: int | None, tokenizer: Tokenizer) -> int:
     """Print what is found in `path`. Returns the exit code. Tokens come from the cache that training uses.
 
     Raises: UserError when the file cannot be read, or its kind not be told.
     """
-    told = ", told from its first record" if kind == "auto" else ""
-    kind = kind_of(path) if kind == "auto" else kind
+    told = ", told from its first record" if asked == "auto" else ""
+    kind = kind_of(path, asked)
     look = Look(path, kind)
-    print(f"{path}: {len(look.lines):,} good records of kind {kind}{told}", flush=True)
+    print(f"{path}: {look.good:,} good records of kind {kind}{told}", flush=True)
     findings = [
         Finding(PROBLEM, f"{flaw.count:,} bad: {flaw.example} ({flaw.where}); mend, or --on_bad_record skip")
         for flaw in look.bad.values()
     ] or [Finding(OK, "no bad records")]
-    if not look.lines:
+    if not look.good:
         return verdict([*findings, Finding(PROBLEM, f"no usable record; is --kind {kind} right?")], "")
     length = max_seq_len or READ_BY[kind].max_seq_len
     store = prepare(path, kind, tokenizer, on_bad_record="skip", progress=sys.stderr.isatty())
+    copied = Flaw.of(store.record_lines[exact_copies(store)])
     flaws = {
-        "copied": (look.copies(), "copies of an earlier record; leave them out, or they count more"),
+        "copied": (copied, "copies of an earlier record; leave them out, or they count more"),
         "nearly empty": (look.nearly_empty, f"with less than {FEW_CHARACTERS} characters; leave them out"),
         "garbled": (look.garbled, "garbled by a wrong encoding; convert their source anew or leave them out"),
         "over-long": (over_long(store, length), f"longer than --max_seq_len {length}; {FATE[kind]}"),
     }
     for name, (flaw, text) in flaws.items():
-        share = flaw.count / len(look.lines)
+        share = flaw.count / look.good
         tolerated = 1.0 if (name, kind) == ("over-long", "pretrain") else TOLERATED[name]  # nothing is lost
         level = OK if not flaw.count else PROBLEM if share > tolerated else WARNING
         example = f"{flaw.example} in " if flaw.example else ""
@@ -167,14 +145,12 @@ def check(path: Path, kind: str, max_seq_len: int | None, tokenizer: Tokenizer) 
 def over_long(store: TokenStore, max_seq_len: int) -> Flaw:
     """The records that need more than `max_seq_len` positions."""
     positions = np.diff(store.offsets) - 1  # a document's first token is no label
-    lines = store.lines
     if store.kind == "preference":
-        positions, lines = positions.reshape(-1, 2).sum(axis=1), lines[::2]
+        positions = positions.reshape(-1, 2).sum(axis=1)
     elif store.weights is not None:  # what follows the last answer is not needed
-        for start in range(0, len(lines), 4096):
+        for start in range(0, len(positions), 4096):
             offsets = store.offsets[start : start + 4097]
             targets = offsets[0] + np.flatnonzero(store.weights[offsets[0] : offsets[-1]])
             last = targets[np.searchsorted(targets, offsets[1:]) - 1]
             positions[start : start + 4096] = last - offsets[:-1]
-    found = lines[positions > max_seq_len]
-    return Flaw(len(found), found[:LINES_SHOWN].tolist())
+    return Flaw.of(store.record_lines[positions > max_seq_len])

@@ -22,6 +22,7 @@ import msgspec
 from minimind.data.json_lines import read_items
 from minimind.data.llamafactory import LAYOUTS, Layout, format_of
 from minimind.data.records import (
+    ANY_OBJECT,
     BadRecord,
     InvalidLine,
     Kind,
@@ -31,13 +32,12 @@ from minimind.data.records import (
     parse_line,
 )
 from minimind.errors import UserError
-from minimind.files import atomic_write
+from minimind.files import atomic_write, refuse_to_replace, write_text
 from minimind.flags import REQUIRED, flag, parse_flags
 
 DATASET_INFO = "dataset_info.json"
 # LLaMA-Factory's reader takes the types of the columns from so many bytes at the start of a file.
 BYTES_OF_TYPES = 10 << 20
-ANY_RECORD = msgspec.json.Decoder(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ConvertOptions:
     to: str = flag("minimind", "format to write", choices=("minimind", *LAYOUTS))
     source: str = flag("auto", "format of the file that is read", choices=("auto", "minimind", *LAYOUTS))
     dataset_name: str | None = flag(None, f"name of the entry in {DATASET_INFO}; without it the output's")
-    on_bad_record: str = flag(
+    on_bad_record: OnBadRecord = flag(
         "stop", "what to do about a record that is broken or not expressible", choices=get_args(OnBadRecord)
     )
 
@@ -63,11 +63,12 @@ class Conversion:
     def __call__(self, line: bytes) -> dict[str, Any]:
         """The record of a line in the other format. Raises: InvalidLine."""
         if self.read:
-            record = self.read.to_minimind(decode_line(line, ANY_RECORD))
-            if ("chosen" in record) != (self.kind == "preference"):
+            fields = decode_line(line, ANY_OBJECT)
+            chats = self.read.to_minimind(fields)
+            if ("chosen" in chats) != (self.kind == "preference"):
                 first = "pair of answers" if self.kind == "preference" else "conversation"
                 raise InvalidLine("record", f"is no {first}, as the first record is")
-            line = msgspec.json.encode(record)
+            line = msgspec.json.encode(chats)
         record = msgspec.to_builtins(parse_line(line, self.kind))
         return self.write.from_minimind(record) if self.write else record
 
@@ -76,13 +77,16 @@ class Flaws:
     """What to do about bad records: raise the first, or count them and list them in a file."""
 
     def __init__(self, path: Path, on_bad_record: OnBadRecord) -> None:
-        self.path, self.count, self.first = path, 0, None
-        self._stop, self._file = on_bad_record == "stop", None
+        self.path, self.count = path, 0
+        self.first: BadRecord | None = None
+        self._stop = on_bad_record == "stop"
+        self._file: BinaryIO | None = None
 
     def add(self, flaw: BadRecord) -> None:
         if self._stop:
             raise flaw.stop()
-        self._file = self._file or self.path.open("wb")
+        if self._file is None:
+            self._file = self.path.open("wb")
         self._file.write(msgspec.json.encode(flaw._asdict()) + b"\n")
         self.first = self.first or flaw
         self.count += not flaw.used
@@ -98,10 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{options.output}: the name must end in .jsonl or .jsonl.gz, as what is written is that"
         )
-    if options.output.exists():
-        raise UserError(f"{options.output} exists already; choose another name, or move it")
+    refuse_to_replace(options.output)
     conversion = plan(options)
-    info = new_info(options, conversion) if conversion.write else None
+    info = new_info(options, conversion.write, conversion.kind) if conversion.write else None
     flaws = Flaws(options.output.with_name(f"{options.output.name}.bad_records.jsonl"), options.on_bad_record)
     with contextlib.closing(flaws):
         count, first_history = convert(options.file, options.output, conversion, flaws)
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{flaws.count:,} bad records skipped; all flaws: {flaws.path}\n  the first: {flaws.first}")
     if info:
         path = options.output.parent / DATASET_INFO
-        atomic_write(path, lambda file: file.write(json.dumps(info, ensure_ascii=False, indent=2).encode()))
+        write_text(path, json.dumps(info, ensure_ascii=False, indent=2))
         print(f"{path}: has its entry, {entry_name(options)}")
     if info and options.output.suffix == ".gz":
         print("LLaMA-Factory reads no .gz; unpack it there")
@@ -128,13 +131,14 @@ def plan(options: ConvertOptions) -> Conversion:
     if first is None:
         raise no_records(options.file)
     layout = layout_beside(options.file) if options.source == "auto" else None
-    source = format_of(first) if options.source == "auto" else options.source
-    if layout is None and source is None:
-        raise UserError(
-            f"{options.file}: the first record has the fields of no known format; give --source, or an entry "
-            f"for it in a {DATASET_INFO} beside it"
-        )
-    layout = layout or LAYOUTS.get(source)
+    if layout is None:
+        source = format_of(first) if options.source == "auto" else options.source
+        if source is None:
+            raise UserError(
+                f"{options.file}: the first record has the fields of no known format; give --source, or an "
+                f"entry for it in a {DATASET_INFO} beside it"
+            )
+        layout = LAYOUTS.get(source)
     if layout:
         return Conversion(
             layout, LAYOUTS.get(options.to), "preference" if layout.is_pair(first) else "conversation"
@@ -151,7 +155,7 @@ def whole_records(path: Path) -> Iterator[dict[str, Any]]:
     for item in read_items(path):
         if not isinstance(item, BadRecord):
             with contextlib.suppress(InvalidLine):
-                yield decode_line(item[1], ANY_RECORD)
+                yield decode_line(item[1], ANY_OBJECT)
 
 
 def convert(path: Path, output: Path, conversion: Conversion, flaws: Flaws) -> tuple[int, int]:
@@ -162,7 +166,7 @@ def convert(path: Path, output: Path, conversion: Conversion, flaws: Flaws) -> t
     """
     count = first_history = 0
 
-    def write(file: BinaryIO) -> None:
+    def write(file: BinaryIO | gzip.GzipFile) -> None:
         nonlocal count, first_history
         for record in converted(path, conversion, flaws):
             if record.get("history"):
@@ -206,20 +210,20 @@ def layout_beside(path: Path) -> Layout | None:
     return None
 
 
-def new_info(options: ConvertOptions, conversion: Conversion) -> dict[str, Any]:
+def new_info(options: ConvertOptions, layout: Layout, kind: Kind) -> dict[str, Any]:
     """The `dataset_info.json` beside the output, with its entry. Raises: UserError when the name is taken."""
     path, name = options.output.parent / DATASET_INFO, entry_name(options)
     file_name = options.output.name.removesuffix(".gz")
     info = read_info(path)
     if name in info and (not isinstance(info[name], dict) or info[name].get("file_name") != file_name):
         raise UserError(f"{path} has an entry {name} for something else; choose another --dataset_name")
-    return info | {name: conversion.write.entry(file_name, conversion.kind)}
+    return info | {name: layout.entry(file_name, kind)}
 
 
 def read_info(path: Path) -> dict[str, Any]:
     """The entries of a `dataset_info.json`, none if there is no file. Raises: UserError for a broken one."""
     try:
-        return ANY_RECORD.decode(path.read_bytes())
+        return ANY_OBJECT.decode(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

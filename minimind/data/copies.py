@@ -24,13 +24,13 @@ HASH = np.uint32(0x9E3779B1)  # odd, so that multiplying by it loses nothing
 
 def find_copies(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
     """(exact, near): of every record whether an earlier one equals it, or else nearly equals it."""
-    per_record = 2 if store.kind == "preference" else 1
-    borders = store.offsets[::per_record]  # (records + 1,)
-    exact = exact_copies(store, borders, store.fingerprints[::per_record])
-    return exact, near_copies(store, borders, ~exact)
+    exact = exact_copies(store)
+    return exact, near_copies(store, ~exact)
 
 
-def exact_copies(store: TokenStore, borders: np.ndarray, fingerprints: np.ndarray) -> np.ndarray:
+def exact_copies(store: TokenStore) -> np.ndarray:
+    """(records,) bool: whether an earlier record equals it."""
+    borders, fingerprints = store.record_offsets, store.fingerprints[:: store.documents_per_record]
     copies = np.zeros(len(fingerprints), bool)
     keys = fingerprints.astype(np.uint64) << np.uint64(32) | np.diff(borders).astype(np.uint64)
     for bucket in buckets(keys, np.arange(len(keys))):
@@ -44,8 +44,9 @@ def exact_copies(store: TokenStore, borders: np.ndarray, fingerprints: np.ndarra
     return copies
 
 
-def near_copies(store: TokenStore, borders: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def near_copies(store: TokenStore, wanted: np.ndarray) -> np.ndarray:
     """Among the records where `wanted`; too short ones are nobody's."""
+    borders = store.record_offsets
     copies = np.zeros(len(wanted), bool)
     records = np.flatnonzero(wanted & (np.diff(borders) >= 2 * SHINGLE))
     for keys in band_keys(store, borders):

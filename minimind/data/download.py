@@ -10,9 +10,8 @@ is whole and has the SHA-256 that the hub publishes.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from minimind.errors import UserError
-from minimind.files import check_writable, free_space, sync_directory
+from minimind.files import check_writable, free_space, put_in_place, shown_size, sync
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
 
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def find(hub: Hub, names: Sequence[str]) -> list[HubFile]:
+def find(hub: Hub, names: Collection[str]) -> list[HubFile]:
     """The files of these names. Raises: UserError for a name that the hub has not, with those it has."""
     try:
         files = hub.files()
@@ -94,10 +93,11 @@ def download(hub: Hub, files: Sequence[HubFile], folder: Path, partial: Path) ->
                 f"{file.name}: what arrived is not what {hub.title} publishes (its SHA-256 or length "
                 "differs) and was deleted; try again, or the other --source"
             )
-        put_in_place(path, folder / file.name)
-        print(
-            f"{folder / file.name}: complete" + (", SHA-256 as published" if file.sha256 else ""), flush=True
-        )
+        final = folder / file.name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sync(path)
+        put_in_place(path, final)
+        print(f"{final}: complete" + (", SHA-256 as published" if file.sha256 else ""), flush=True)
 
 
 def is_there(path: Path, file: HubFile) -> bool:
@@ -134,20 +134,7 @@ def check_room(files: Sequence[HubFile], folder: Path, partial: Path) -> None:
         )
 
 
-def put_in_place(path: Path, final: Path) -> None:
-    """Rename a whole file, durably."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("rb") as content:
-        os.fsync(content.fileno())
-    path.replace(final)
-    sync_directory(final.parent)
-
-
 def reason(error: Exception) -> str:
     """The first line of what a client says."""
     said = getattr(error, "strerror", None) or str(error)
     return said.splitlines()[0].rstrip(".") if said else type(error).__name__
-
-
-def shown_size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

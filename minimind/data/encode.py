@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind.data.records import TAG, BadRecord, Block, Kind, parse_block
+from minimind.data.records import TAG, BadRecord, Block, Kind, chats_of, parse_block
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 
@@ -84,10 +84,7 @@ def _encode_records(
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         documents = [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
         return documents, None, sum(len(text.encode()) for text in texts)
-    if kind == "preference":
-        conversations = [messages for record in records for messages in (record.chosen, record.rejected)]
-    else:
-        conversations = [record.conversations for record in records]
+    conversations: list[Any] = [messages for record in records for messages in chats_of(record)]
     encoded = tokenizer.encode_chat_batch(conversations)
     if kind == "preference":
         encoded = [(ids, _last_answer(mask)) for ids, mask in encoded]

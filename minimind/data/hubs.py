@@ -10,12 +10,12 @@ The data is public: no login is used, and none is sent.
 from __future__ import annotations
 
 import os
-import queue
 import socket
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -81,7 +81,7 @@ class ModelScope(Hub):
         from modelscope_hub import HubApi, HubConfig, HubError
 
         config = HubConfig(token="")  # no login is looked for
-        self._api, self.endpoint = HubApi(config), config.endpoint
+        self._api, self.endpoint = HubApi(config), config.endpoint or ""  # it always has one by now
         self.errors = (HubError, OSError)
 
     def _listing(self) -> list[HubFile]:
@@ -199,19 +199,15 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
     In a thread of its own, since no timeout of a socket covers the time that a name takes to be resolved, nor
     the further tries of a client.
     """
-    done: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+    answer: Future[Result] = Future()
 
     def work() -> None:
         try:
-            done.put((call(), None))
+            answer.set_result(call())
         except Exception as error:  # handed on, as if there were no thread
-            done.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        result, error = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:.0f} seconds") from None
-    if error:
-        raise error
-    return result
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
+    return answer.result()

@@ -19,7 +19,7 @@ from minimind.data.records import (
     TOO_LONG,
     BadRecord,
     open_file,
-    read_blocks,
+    read_lines,
     unzipped,
 )
 from minimind.errors import UserError
@@ -35,14 +35,8 @@ def read_items(path: Path) -> Iterator[tuple[int, bytes] | BadRecord]:
     """
     if is_array(path):
         yield from _array_items(path)
-        return
-    for block in read_blocks(path):
-        if isinstance(block, BadRecord):
-            yield block
-            continue
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if line and not line.isspace():
-                yield number, line
+    else:
+        yield from read_lines(path)
 
 
 def is_array(path: Path) -> bool:

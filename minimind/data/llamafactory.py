@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from minimind.data.records import InvalidLine, Kind, Message
+from minimind.data.records import InvalidLine, Kind, Message, Role
 from minimind.errors import UserError
 
 SIDES = ("chosen", "rejected")
@@ -123,8 +123,8 @@ class Layout:
         for i, turn in enumerate(history):
             if not isinstance(turn, list) or len(turn) != 2:
                 raise InvalidLine(f"{column}[{i}]", "is no question with its answer")
-            for role, content in zip(("user", "assistant"), turn, strict=True):
-                messages.append({"role": role, "content": said(content, f"{column}[{i}]")})
+            question, answer = (said(content, f"{column}[{i}]") for content in turn)
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         question = "\n".join(filter(None, (self._text(record, "prompt"), self._text(record, "query"))))
         messages.append({"role": "user", "content": said(question, self.columns.get("prompt", "prompt"))})
         return messages
@@ -143,7 +143,8 @@ class Layout:
         if not isinstance(message, dict):
             raise InvalidLine(field, "is no message")
         role = message.get(role_tag)
-        known = {self.tags.get(f"{name}_tag"): name for name in ("user", "assistant", "system")}
+        roles: tuple[Role, ...] = ("user", "assistant", "system")
+        known = {self.tags.get(f"{name}_tag"): name for name in roles}
         tools = (self.tags.get("observation_tag"), self.tags.get("function_tag"))
         if not isinstance(role, str):
             raise InvalidLine(f"{field}.{role_tag}", "missing" if role is None else "is no text")
@@ -185,7 +186,7 @@ class Layout:
         system = chats[0][0]["content"] if chats[0][0]["role"] == "system" else ""
         contents = [message["content"] for message in chats[0][bool(system) :]]
         history = [contents[i : i + 2] for i in range(0, len(contents) - 2, 2)]
-        values = {"prompt": contents[-2], "query": ""}
+        values: dict[str, str | list[list[str]]] = {"prompt": contents[-2], "query": ""}
         if len(chats) == 1:
             values["response"] = contents[-1]
         else:

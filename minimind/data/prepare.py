@@ -31,7 +31,7 @@ from minimind.data.records import BadRecord, Kind, OnBadRecord, no_records, open
 from minimind.data.store import BAD_RECORDS, FORMAT_VERSION, StoreWriter, TokenStore
 from minimind.environment import available_cores
 from minimind.errors import UserError
-from minimind.files import atomic_write, sync_directory
+from minimind.files import put_in_place, shown_size, sync, write_text
 from minimind.tokenizer import Tokenizer
 
 SMALL_FILE_BYTES = 1 << 20  # below, starting workers takes longer than the work
@@ -122,9 +122,9 @@ def _content_hash(path: Path, cache: Path) -> tuple[str, os.stat_result]:
         settled = time.time() - max(state.st_ctime, state.st_mtime) > CLOCK_RESOLUTION
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if settled and _whole_state(os.fstat(file.fileno())) == _whole_state(state):
-            entry = json.dumps({"state": _whole_state(state), "sha256": sha256}).encode()
+            entry = json.dumps({"state": _whole_state(state), "sha256": sha256})
             with contextlib.suppress(UserError):  # a full disk; it is only hashed again
-                atomic_write(memory, lambda out: out.write(entry))
+                write_text(memory, entry)
         return sha256, state
 
 
@@ -190,10 +190,9 @@ def _build(
             if _identity(path.stat()) != _identity(state):
                 raise UserError(f"{path} changed while it was read; run this again when it is complete")
             writer.finish()
-        sync_directory(building)
+        sync(building)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        building.rename(folder)
-        sync_directory(folder.parent)
+        put_in_place(building, folder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -270,5 +269,5 @@ class _ProgressBar:
     def summary(self, writer: StoreWriter, folder: Path) -> None:
         if self._said:
             documents, tokens = writer.counts["num_documents"], writer.counts["num_tokens"]
-            text = f"{writer.counts['utf8_bytes'] / 1e6:,.1f} MB of text at {self._rate(writer):.1f} MB/s"
+            text = f"{shown_size(writer.counts['utf8_bytes'])} of text at {self._rate(writer):.1f} MB/s"
             _say(f"{self._path}: {documents:,} documents, {tokens:,} tokens from {text}, kept in {folder}")

@@ -20,15 +20,17 @@ import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 import msgspec
 
 from minimind.errors import UserError
 
 Kind = Literal["pretrain", "conversation", "reasoning", "preference"]
-KINDS = ("auto", *get_args(Kind))  # what --kind takes; auto: `kind_of`
+AskedKind = Kind | Literal["auto"]  # what --kind takes; auto: `kind_of`
+KINDS = ("auto", *get_args(Kind))
 OnBadRecord = Literal["stop", "skip"]
+Role = Literal["system", "user", "assistant"]
 
 BLOCK_BYTES = 1 << 20
 # Encoding one text takes about 120 bytes of memory for each of its bytes (tokenizers 0.23: 0.25 GB for 2 MiB,
@@ -44,7 +46,7 @@ TAG = re.compile(f"({'|'.join(TAGS)})")
 
 
 class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 
@@ -69,6 +71,7 @@ _DECODERS: dict[str, msgspec.json.Decoder] = {
     "reasoning": msgspec.json.Decoder(ConversationRecord),
     "preference": msgspec.json.Decoder(PreferenceRecord),
 }
+ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])  # for `decode_line`
 
 
 class BadRecord(NamedTuple):
@@ -98,6 +101,12 @@ class Block(NamedTuple):
     data: bytes
     position: int
 
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of those that are not blank."""
+        for number, line in enumerate(self.data.split(b"\n"), self.first_line):
+            if line and not line.isspace():
+                yield number, line
+
 
 class InvalidLine(Exception):
     """A line that is no record of the kind asked for: `field` and `reason` as in `BadRecord`."""
@@ -120,8 +129,7 @@ def read_records(
     unless `on_bad_record` is "skip"; then bad records are left out and collected in `bad_records`.
     """
     usable = False
-    for block in read_blocks(path):
-        records, bad = ([], [block]) if isinstance(block, BadRecord) else parse_block(block, kind, str(path))
+    for records, bad in parsed_blocks(path, kind):
         if bad and on_bad_record == "stop":
             # What stands before the bad line is good: the caller gets it first.
             yield from ((line, record) for line, record in records if line < bad[0].line)
@@ -206,17 +214,30 @@ def _split_blocks(path: str | Path) -> Iterator[Block | BadRecord]:
             yield BadRecord(file, line + buffer.count(b"\n"), "file", damage)
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes] | BadRecord]:
+    """(number, line) of those that are not blank; flaws that no line can tell come in between."""
+    for block in read_blocks(path):
+        if isinstance(block, BadRecord):
+            yield block
+        else:
+            yield from block.lines()
+
+
 def parse_block(block: Block, kind: Kind, file: str) -> tuple[list[tuple[int, Record]], list[BadRecord]]:
     """The records of a block as (line number, record), and what is wrong with the other lines."""
     records, bad = [], []
-    for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-        if not line or line.isspace():
-            continue
+    for number, line in block.lines():
         try:
             records.append((number, parse_line(line, kind)))
         except InvalidLine as error:
             bad.append(BadRecord(file, number, error.field, error.reason))
     return records, bad
+
+
+def parsed_blocks(path: str | Path, kind: Kind) -> Iterator[tuple[list[tuple[int, Record]], list[BadRecord]]]:
+    """A file as `parse_block` takes its blocks; flaws that no line can tell come in between."""
+    for block in read_blocks(path):
+        yield ([], [block]) if isinstance(block, BadRecord) else parse_block(block, kind, str(path))
 
 
 def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -323,12 +344,18 @@ def _check_pair(record: PreferenceRecord) -> None:
         raise InvalidLine(f"rejected[{len(rejected) - 1}].content", "the same answer as in `chosen`")
 
 
-def kind_of(path: Path) -> Kind:
-    """What the first record is. Raises: UserError where it has none of the known fields."""
-    blocks = (block for block in read_blocks(path) if not isinstance(block, BadRecord))
-    for line in (line for block in blocks for line in block.data.split(b"\n")):
+def kind_of(path: Path, asked: AskedKind = "auto") -> Kind:
+    """`asked`, or for "auto" what the first record is.
+
+    Raises: UserError where that has none of the known fields.
+    """
+    if asked != "auto":
+        return asked
+    for item in read_lines(path):
+        if isinstance(item, BadRecord):
+            continue
         try:
-            record = msgspec.json.decode(line)
+            record = msgspec.json.decode(item[1])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue  # a bad record, and the next one may tell
         fields = record if isinstance(record, dict) else {}
@@ -347,10 +374,16 @@ def kind_of(path: Path) -> Kind:
     )
 
 
+def chats_of(record: ConversationRecord | PreferenceRecord) -> list[list[Message]]:
+    """The conversation of a record, or both of a pair."""
+    if isinstance(record, PreferenceRecord):
+        return [record.chosen, record.rejected]
+    return [record.conversations]
+
+
 def text_of(record: Record) -> str:
     """All that a record says. The two answers of a pair are different, so both are in it."""
-    if hasattr(record, "text"):
+    if isinstance(record, TextRecord):
         return record.text
-    chat = hasattr(record, "conversations")
-    messages = record.conversations if chat else record.chosen + record.rejected[-1:]
-    return "\n".join(message["content"] for message in messages)
+    first, *others = chats_of(record)
+    return "\n".join(message["content"] for message in first + [chat[-1] for chat in others])

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from minimind.data.copies import find_copies
+from minimind.data.found import Found
 from minimind.data.packing import CutReport, make_segments, pack
 from minimind.data.prepare import prepare
-from minimind.data.records import KINDS, BadRecord, Message, Record, kind_of, parse_block, read_blocks
+from minimind.data.records import KINDS, AskedKind, TextRecord, chats_of, kind_of, parsed_blocks
 from minimind.data.scripts import LanguageCount
 from minimind.data.stats_report import draw, show
 from minimind.data.store import TokenStore
@@ -29,14 +30,13 @@ from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
 
-LINES_SHOWN = 5
 CUT_TOGETHER = 1 << 14  # conversations, so that the memory of their tokens is given back in between
 
 
 @dataclass(frozen=True)
 class StatsOptions:
     file: Path = flag(REQUIRED, "JSONL file, plain or .gz", positional=True)
-    kind: str = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
+    kind: AskedKind = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
     max_seq_len: tuple[int, ...] = flag((512, 1024), "lengths of a row in tokens, to see what is cut off")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
     picture: Path | None = flag(None, "where the picture goes; without it out/stats/ and the file's name")
@@ -46,18 +46,6 @@ class StatsOptions:
         for length in self.max_seq_len:
             if length < 8:
                 raise UserError(f"--max_seq_len is {length}; it must be at least 8")
-
-
-@dataclass(frozen=True)
-class Found:
-    """Records that have something in common, by their lines in the file."""
-
-    count: int
-    lines: list[int]  # of the first ones
-
-    @classmethod
-    def of(cls, lines: np.ndarray) -> Found:
-        return cls(len(lines), lines[:LINES_SHOWN].tolist())
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ class Stats:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(StatsOptions, argv, __doc__)
     tokenizer = Tokenizer.load(options.tokenizer_path)
-    kind = kind_of(options.file) if options.kind == "auto" else options.kind
+    kind = kind_of(options.file, options.kind)
     progress = sys.stderr.isatty()
     store = prepare(options.file, kind, tokenizer, on_bad_record="skip", progress=progress)
     stats = statistics(options.file, store, tokenizer.eos_id, options.max_seq_len)
@@ -123,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(stats)
     picture = options.picture or OUT_DIR / "stats" / f"{options.file.name.partition('.jsonl')[0]}.png"
-    draw(picture, record_lengths(store), options.max_seq_len)
+    draw(picture, np.diff(store.record_offsets), options.max_seq_len)
     print(f"lengths as a picture: {picture}", file=sys.stderr if options.json else sys.stdout)
     return 0
 
@@ -131,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def statistics(path: Path, store: TokenStore, eos_id: int, max_seq_lens: Sequence[int]) -> Stats:
     """Work out everything about `path`, whose tokens are in `store`."""
     languages, turns = read_texts(path, store)
-    lines = store.lines[::2] if store.kind == "preference" else store.lines
+    lines = store.record_lines
     exact, near = find_copies(store)
     bad = [bad.line for bad in store.bad_records() if not bad.used]
     return Stats(
@@ -143,7 +131,7 @@ def statistics(path: Path, store: TokenStore, eos_id: int, max_seq_lens: Sequenc
         characters=languages.characters,
         tokens=store.num_tokens,
         target_tokens=store.meta["num_target_tokens"],
-        lengths=Lengths.of(record_lengths(store)),
+        lengths=Lengths.of(np.diff(store.record_offsets)),
         languages=languages.shares(),
         language_of_records=languages.records(),
         turns=dict(sorted(turns.items())),
@@ -155,33 +143,24 @@ def statistics(path: Path, store: TokenStore, eos_id: int, max_seq_lens: Sequenc
 
 def read_texts(path: Path, store: TokenStore) -> tuple[LanguageCount, Counter[int]]:
     """One reading of the file, for what the tokens do not tell: languages, and turns of conversations."""
-    languages, turns = LanguageCount(), Counter()
-    for block in read_blocks(path):
-        if isinstance(block, BadRecord):
-            continue
-        records = [record for _, record in parse_block(block, store.kind, str(path))[0]]
-        if store.kind == "pretrain":
-            languages.add([record.text for record in records])
-            continue
-        chats = [chats_of(record) for record in records]
-        languages.add(["".join(m["content"] for chat in sides for m in chat) for sides in chats])
-        turns.update(sum(message["role"] == "user" for message in sides[0]) for sides in chats)
+    languages = LanguageCount()
+    turns: Counter[int] = Counter()
+    for records, _ in parsed_blocks(path, store.kind):
+        texts = []
+        for _, record in records:
+            if isinstance(record, TextRecord):
+                texts.append(record.text)
+                continue
+            chats = chats_of(record)
+            texts.append("".join(message["content"] for chat in chats for message in chat))
+            turns[sum(message["role"] == "user" for message in chats[0])] += 1
+        languages.add(texts)
     return languages, turns
-
-
-def chats_of(record: Record) -> list[list[Message]]:
-    """The conversation of a record, or both conversations of a pair."""
-    return [record.conversations] if hasattr(record, "conversations") else [record.chosen, record.rejected]
-
-
-def record_lengths(store: TokenStore) -> np.ndarray:
-    """(records,) int64, in tokens."""
-    return np.diff(store.offsets[::2] if store.kind == "preference" else store.offsets)
 
 
 def pack_rows(store: TokenStore, max_seq_len: int, eos_id: int) -> Packed:
     """What training will make of `store` at `max_seq_len`."""
-    lengths, report = [], CutReport(0)
+    kept, report = [], CutReport(0)
     documents = np.arange(store.num_documents)
     # Texts are poured into each other's gaps, so all are needed at once; but no token of theirs is read.
     parts = (
@@ -191,20 +170,20 @@ def pack_rows(store: TokenStore, max_seq_len: int, eos_id: int) -> Packed:
     )
     for part in parts:
         segments, of_part = make_segments(store, part, max_seq_len, eos_id)
-        lengths.append(segments.lengths)
+        kept.append(segments.lengths)
         report = CutReport(
             *(a + b for a, b in zip(vars(report).values(), vars(of_part).values(), strict=True))
         )
         store.release()
-    lengths = np.concatenate(lengths)
-    rows, kept = len(pack(lengths, max_seq_len)), int(lengths.sum(dtype=np.int64))
+    lengths = np.concatenate(kept)
+    rows, tokens = len(pack(lengths, max_seq_len)), int(lengths.sum(dtype=np.int64))
     lost = report.lost_target_tokens
     if store.kind == "preference":
-        lost = store.num_tokens - store.num_documents - kept  # positions of the pairs left out
+        lost = store.num_tokens - store.num_documents - tokens  # positions of the pairs left out
     return Packed(
         max_seq_len=max_seq_len,
         rows=rows,
-        padding=1 - kept / (rows * max_seq_len) if rows else 0.0,
+        padding=1 - tokens / (rows * max_seq_len) if rows else 0.0,
         split=report.split,
         cut=report.cut,
         dropped=report.dropped,

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minimind.files import atomic_write
+from minimind.data.found import Found
+from minimind.files import atomic_write, shown_size
 
 if TYPE_CHECKING:
-    from minimind.data.stats import Found, Packed, Stats
+    from minimind.data.stats import Packed, Stats
 
 BAR = 40  # characters of the longest bar
 BINS_PER_DOUBLING = 4  # of the picture
@@ -25,7 +26,7 @@ def show(stats: Stats) -> None:
     lengths = stats.lengths
     facts = {
         "bad records": found(stats.bad_records),
-        "text": f"{stats.bytes / 1e6:,.1f} MB, {stats.characters:,} characters",
+        "text": f"{shown_size(stats.bytes)}, {stats.characters:,} characters",
         "letters": f"{languages}; records mostly in {mostly}",
         "tokens": f"{stats.tokens:,}, of them {stats.target_tokens:,} to be learnt; "
         f"{stats.characters / stats.tokens:.2f} characters each",
@@ -45,10 +46,7 @@ def show(stats: Stats) -> None:
 
 def found(records: Found) -> str:
     """How many, and on which lines."""
-    if not records.count:
-        return "none"
-    more = ", …" if records.count > len(records.lines) else ""
-    return f"{records.count:,} (line{'s' * (records.count > 1)} {', '.join(map(str, records.lines))}{more})"
+    return f"{records.count:,} ({records.where})" if records.count else "none"
 
 
 def turns(counts: dict[int, int]) -> str:
@@ -91,7 +89,7 @@ def draw(path: Path, lengths: np.ndarray, max_seq_lens: Sequence[int]) -> None:
     bins = 2 ** np.arange(first, last + 1 / BINS_PER_DOUBLING, 1 / BINS_PER_DOUBLING)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(lengths, bins=bins, color="tab:blue", edgecolor="white", linewidth=0.3)
+    axes.hist(lengths, bins=bins.tolist(), color="tab:blue", edgecolor="white", linewidth=0.3)
     for i, length in enumerate(max_seq_lens):
         label = f"{length:,}: {(lengths > length).mean():.1%} are longer"
         axes.axvline(length, color=f"C{i + 1}", linestyle="--", linewidth=1.2, label=label)

@@ -49,6 +49,20 @@ class TokenStore:
         return self.meta["kind"]
 
     @property
+    def documents_per_record(self) -> int:
+        return 2 if self.kind == "preference" else 1
+
+    @property
+    def record_offsets(self) -> np.ndarray:
+        """(records + 1,) int64: where the tokens of each record begin."""
+        return self.offsets[:: self.documents_per_record]
+
+    @property
+    def record_lines(self) -> np.ndarray:
+        """(records,) int64"""
+        return self.lines[:: self.documents_per_record]
+
+    @property
     def num_documents(self) -> int:
         return len(self.lines)
 
@@ -64,7 +78,8 @@ class TokenStore:
         """Let go of the pages of tokens and weights read so far; what is used again is read again."""
         for array in (self.tokens, self.weights):
             if array is not None:
-                array.base.base.madvise(mmap.MADV_DONTNEED)  # a view of a memmap of an mmap
+                memmap: Any = array.base
+                memmap.base.madvise(mmap.MADV_DONTNEED)  # of the mmap below it
 
     def bad_records(self) -> Iterator[BadRecord]:
         """What was wrong in the data file, from `bad_records.jsonl`."""

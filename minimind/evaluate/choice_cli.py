@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = [question for path in options.files for question in read_questions(path)]
     questions = list(first_of_each_subject(questions, options.limit))
     examples = {}
-    if options.shots:
+    if options.shots and options.examples_path:
         subjects = list(dict.fromkeys(question.subject for question in questions))
         examples = examples_by_subject(options.examples_path, subjects, options.shots)
     loaded = options.load()
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def first_of_each_subject(questions: Iterable[Question], limit: int | None) -> Iterator[Question]:
     """The first `limit` questions of each subject."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for question in questions:
         counts[question.subject] += 1
         if limit is None or counts[question.subject] <= limit:

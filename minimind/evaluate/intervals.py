@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Z = 1.959964  # of a 95 % interval
@@ -27,7 +28,8 @@ def wilson(right: int, asked: int) -> Interval:
     return Interval(max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0))
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """So many of so many."""
 
     count: int

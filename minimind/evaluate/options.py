@@ -6,7 +6,6 @@ with flags and files is said before PyTorch is imported.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -16,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minimind.chat.cli import MODES, adapter_names, find_weights, load
+from minimind.chat.loading import LoadOptions, description
 from minimind.config import ModelConfig
 from minimind.errors import UserError
-from minimind.export.options import ModelOptions
-from minimind.files import atomic_write, check_writable
+from minimind.files import check_writable, write_text
 from minimind.flags import flag
+from minimind.runs import read_run
 
 if TYPE_CHECKING:
     from minimind.model import MiniMind
@@ -48,6 +47,10 @@ class Loaded(NamedTuple):
         """Whether it was trained to answer; pretrained weights only continue texts."""
         return self.stage != "pretrain"
 
+    @property
+    def dtype(self) -> str:
+        return str(self.parallel.dtype).removeprefix("torch.")
+
     def table(self) -> dict[str, Any]:
         """What a reader of results must know of the model, for JSON."""
         with self.path.open("rb") as file:
@@ -59,28 +62,23 @@ class Loaded(NamedTuple):
             "parameters": self.model.num_parameters,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "device": str(self.parallel.device),
-            "dtype": str(self.parallel.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
             "max_seq_len": self.max_seq_len,
         }
 
 
 @dataclass(frozen=True)
-class EvalOptions(ModelOptions):
-    model_mode: int = flag(1, ", ".join(f"{mode} {stage}" for mode, stage in enumerate(MODES)))
-    lora_name: tuple[str, ...] = flag((), "LoRA adapters to add, one or several")
-    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+class EvalOptions(LoadOptions):
     max_seq_len: int | None = flag(
         None, f"most tokens to read at once; without it as the weights were trained, else {UNTRAINED_LENGTH}"
     )
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag(
         "auto", "precision of matrix products", choices=("auto", "bfloat16", "float16", "float32")
     )
     json: Path | None = flag(None, "file to write the results to, for programs")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.model_mode < len(MODES):
-            raise UserError(f"--model_mode is {self.model_mode}; it must be 0 to {len(MODES) - 1}")
+        super().__post_init__()
         most = ModelConfig.max_position_embeddings
         if self.max_seq_len is not None and not 8 <= self.max_seq_len <= most:
             raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be 8 to {most}")
@@ -90,9 +88,7 @@ class EvalOptions(ModelOptions):
 
         Raises: UserError when they are missing, damaged, or do not fit the flags or the tokenizer.
         """
-        arguments = argparse.Namespace(**vars(self))
-        stage, adapters = MODES[self.model_mode], adapter_names(arguments)
-        path = find_weights(stage, arguments, sys.stderr)
+        path = self.find_weights(sys.stderr)
         if self.json:  # before the work, not after it
             if self.json.exists() and not self.json.is_file():
                 raise UserError(f"--json {self.json} is no plain file; name another")
@@ -101,30 +97,33 @@ class EvalOptions(ModelOptions):
         from minimind.train.parallel import Parallel, choose_device, choose_dtype, keep_freed_memory
 
         tokenizer = Tokenizer.load(self.tokenizer_path)
-        arguments.max_seq_len = self.max_seq_len or trained_length(path)
-        model = load(path, adapters, arguments, tokenizer)
+        model = self.load_model(path, self.adapters, tokenizer)
         if model.device.type == "cpu":
             keep_freed_memory()
         parallel = Parallel(choose_device(self.device), choose_dtype(self.dtype, model.device))
-        name = " + ".join([path.name, *adapters])
-        dtype = str(parallel.dtype).removeprefix("torch.")
-        say(f"{name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}, {dtype}")
-        return Loaded(model, tokenizer, parallel, path, stage, adapters, arguments.max_seq_len)
+        loaded = Loaded(
+            model,
+            tokenizer,
+            parallel,
+            path,
+            self.stage,
+            self.adapters,
+            self.max_seq_len or trained_length(path),
+        )
+        say(f"{description(' + '.join([path.name, *self.adapters]), model)}, {loaded.dtype}")
+        return loaded
 
     def write_json(self, loaded: Loaded, results: dict[str, Any]) -> None:
         if self.json:
-            text = json.dumps({"model": loaded.table()} | results, ensure_ascii=False)
-            atomic_write(self.json, lambda file: file.write(text.encode()))
+            write_text(self.json, json.dumps({"model": loaded.table()} | results, ensure_ascii=False))
             say(f"results: {self.json}")
 
 
 def trained_length(weights: Path) -> int:
     """The `max_seq_len` that a run trained its weights with, as its `run.json` says."""
-    run = weights.parent / "runs" / weights.stem / "run.json"
-    try:
-        return int(json.loads(run.read_bytes())["options"]["max_seq_len"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return UNTRAINED_LENGTH
+    options = read_run(weights).get("options")
+    length = options.get("max_seq_len") if isinstance(options, dict) else None
+    return length if isinstance(length, int) else UNTRAINED_LENGTH
 
 
 @contextmanager

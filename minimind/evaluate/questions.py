@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from minimind.data.records import BadRecord, InvalidLine, decode_line, read_blocks, wrong_field
+from minimind.data.records import ANY_OBJECT, BadRecord, InvalidLine, decode_line, read_lines, wrong_field
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 
@@ -40,7 +40,6 @@ WAYS: tuple[Way, ...] = ("letter", "text")
 LETTERS = "ABCD"
 ANSWER = "答案："
 LONGEST = 4096  # tokens of a question with an ending; memory grows with the square
-_DECODER = msgspec.json.Decoder(dict[str, Any])
 
 
 class Fields(msgspec.Struct):
@@ -94,10 +93,10 @@ def encode_prompts(
 
     Raises: UserError for a question of more than `LONGEST` tokens.
     """
-    endings = iter(tokenizer.encode_batch([end for question in questions for end in question.endings(way)]))
-    endings = [[next(endings) for _ in LETTERS] for _ in questions]
+    encoded = iter(tokenizer.encode_batch([end for question in questions for end in question.endings(way)]))
+    endings = [[next(encoded) for _ in LETTERS] for _ in questions]
     prompts: dict[int, tuple[list[int], int]] = {}
-    waiting = range(len(questions))
+    waiting = list(range(len(questions)))
     for count in range(len(examples), -1, -1):
         before = "".join(example.solved(way) for example in examples[:count])
         contents = [before + questions[i].asked(way) for i in waiting]
@@ -147,17 +146,16 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for block in read_blocks(path):
-        if isinstance(block, BadRecord):
-            if block.used:  # a flaw that changes nothing
+    for item in read_lines(path):
+        if isinstance(item, BadRecord):
+            if item.used:  # a flaw that changes nothing
                 continue
-            raise UserError(str(block))
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if line and not line.isspace():
-                try:
-                    yield number, decode_line(line, _DECODER)
-                except InvalidLine as error:
-                    raise UserError(str(BadRecord(str(path), number, error.field, error.reason))) from None
+            raise UserError(str(item))
+        number, line = item
+        try:
+            yield number, decode_line(line, ANY_OBJECT)
+        except InvalidLine as error:
+            raise UserError(str(BadRecord(str(path), number, error.field, error.reason))) from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -201,7 +199,7 @@ def _question(row: dict[str, Any], subject: str, file: str, line: int) -> Questi
 
 def examples_by_subject(path: Path, subjects: Sequence[str], shots: int) -> dict[str, list[Question]]:
     """The first `shots` questions of each subject. Raises: UserError when a subject has fewer."""
-    found = {subject: [] for subject in subjects}
+    found: dict[str, list[Question]] = {subject: [] for subject in subjects}
     for question in read_questions(path):
         if question.subject in found:
             found[question.subject].append(question)

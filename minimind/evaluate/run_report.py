@@ -17,8 +17,9 @@ from minimind.errors import UserError
 from minimind.evaluate.report import read_log, write_report
 from minimind.flags import flag, parse_flags
 from minimind.paths import OUT_DIR
+from minimind.runs import RUN
 
-RUN, LOG, SAMPLES, REPORT = "run.json", "metrics.jsonl", "samples.jsonl", "report.html"
+LOG, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.html"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def figures(run: Mapping[str, Any], columns: Mapping[str, tuple[list[float], lis
     return shown
 
 
-def part(run: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def part(run: Mapping[str, Any], key: str) -> dict[str, Any]:
     found = run.get(key)
     return found if isinstance(found, dict) else {}
 

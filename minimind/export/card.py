@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from minimind.model import MiniMind
+from minimind.runs import read_run
 from minimind.tokenizer import Tokenizer
 
 CARD = """\
@@ -93,12 +92,3 @@ def card(
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     example = CONTINUE if weights.name.startswith("pretrain_") else CHAT
     return CARD.format(title=f"MiniMind {weights.stem}", table=table, example=example)
-
-
-def read_run(weights: Path) -> dict[str, Any]:
-    """What the training run said of itself; empty for weights that came without."""
-    try:
-        run = json.loads((weights.parent / "runs" / weights.stem / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return run if isinstance(run, dict) else {}

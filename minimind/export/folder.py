@@ -146,20 +146,27 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / SHARDS} is damaged; copy it again")
         names = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            pickled = (folder / "pytorch_model.bin").is_file()
-            reason = "pytorch_model.bin is a pickle, which can run code, and is not read; " if pickled else ""
-            raise UserError(f"there is no {path}; {reason}write it with save_pretrained")
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError):
-            raise UserError(f"{path} is damaged; copy it again") from None
+    for name in names:
+        tensors |= read_tensor_file(folder / name, "pytorch_model.bin", "save_pretrained")
     if not all(map(is_weight, tensors, tensors.values())):
         raise UserError(
             f"{folder} holds tensors that are no real numbers; import the model as it was trained"
         )
     return tensors
+
+
+def read_tensor_file(path: Path, pickle: str, writer: str) -> dict[str, Tensor]:
+    """Raises: UserError when `path` is damaged, or missing: then with what `writer` has perhaps left instead,
+    the file `pickle`.
+    """
+    if not path.is_file():
+        pickled = path.with_name(pickle).is_file()
+        reason = f"{pickle} is a pickle, which can run code, and is not read; " if pickled else ""
+        raise UserError(f"there is no {path}; {reason}write it with {writer}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise UserError(f"{path} is damaged; copy it again") from None
 
 
 def is_file_name(name: object) -> bool:

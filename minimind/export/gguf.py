@@ -33,6 +33,15 @@ PRE_TOKENIZERS = {
     ],
     "gpt-2": [BYTE_LEVEL | {"use_regex": True}],  # MiniMind2's
 }
+# llama.cpp's names for the matrices of a layer.
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+}
 PROJECTIONS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
@@ -136,26 +145,29 @@ def pre_tokenizer_name(content: dict[str, Any], path: Path) -> str:
 
 def gguf_tensors(model: MiniMind) -> Iterator[tuple[str, Tensor]]:
     """All tensors under llama.cpp's names. The output matrix is left out: the embedding stands in for it."""
-    config = model.config
-    yield "token_embd.weight", model.model.embed_tokens.weight
-    yield "output_norm.weight", model.model.norm.weight
-    for i, layer in enumerate(model.model.layers):
-        block, attention = f"blk.{i}", layer.self_attn
-        yield f"{block}.attn_norm.weight", layer.input_layernorm.weight
-        # llama.cpp turns neighbours (x[2i], x[2i + 1]) where we turn (x[i], x[i + D/2]).
-        yield f"{block}.attn_q.weight", interleave(attention.q_proj.weight, config.head_dim)
-        yield f"{block}.attn_k.weight", interleave(attention.k_proj.weight, config.head_dim)
-        yield f"{block}.attn_v.weight", attention.v_proj.weight
-        yield f"{block}.attn_output.weight", attention.o_proj.weight
-        yield f"{block}.ffn_norm.weight", layer.post_attention_layernorm.weight
+    config, state = model.config, model.state_dict()
+
+    def weight(name: str) -> Tensor:
+        return state[f"{name}.weight"]
+
+    yield "token_embd.weight", weight("model.embed_tokens")
+    yield "output_norm.weight", weight("model.norm")
+    for i in range(config.num_hidden_layers):
+        layer, mlp, block = f"model.layers.{i}", f"model.layers.{i}.mlp", f"blk.{i}"
+        for ours, name in NAMES.items():
+            tensor = weight(f"{layer}.{ours}")
+            if ours.endswith(("q_proj", "k_proj")):
+                # llama.cpp turns neighbours (x[2i], x[2i + 1]) where we turn (x[i], x[i + D/2]).
+                tensor = interleave(tensor, config.head_dim)
+            yield f"{block}.{name}.weight", tensor
         if not config.num_experts:
             for part, name in PROJECTIONS.items():
-                yield f"{block}.{name}.weight", getattr(layer.mlp, part).weight
+                yield f"{block}.{name}.weight", weight(f"{mlp}.{part}")
             continue
-        yield f"{block}.ffn_gate_inp.weight", layer.mlp.gate.weight
+        yield f"{block}.ffn_gate_inp.weight", weight(f"{mlp}.gate")
         for part, name in PROJECTIONS.items():
-            routed = [getattr(expert, part).weight for expert in layer.mlp.experts]
-            shared = [getattr(expert, part).weight for expert in layer.mlp.shared_experts]
+            routed = [weight(f"{mlp}.experts.{j}.{part}") for j in range(config.num_experts)]
+            shared = [weight(f"{mlp}.shared_experts.{j}.{part}") for j in range(config.num_shared_experts)]
             yield f"{block}.{name}_exps.weight", torch.stack(routed)  # (E, out, in)
             # A sum of SwiGLUs is one as wide as all of them.
             yield f"{block}.{name}_shexp.weight", torch.cat(shared, dim=1 if part == "down_proj" else 0)

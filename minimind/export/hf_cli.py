@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minimind.errors import UserError
 from minimind.export.options import WeightOptions
-from minimind.flags import flag, parse_flags
+from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.stages import SCRIPTS
 
@@ -17,23 +18,21 @@ STAGES = tuple(stage for stage in SCRIPTS if stage != "lora")
 
 @dataclass(frozen=True)
 class HFOptions(WeightOptions):
-    folder: Path | None = flag(None, "folder to write", positional=True)
+    folder: Path = flag(REQUIRED, "folder to write", positional=True)
     # Small models have room for it. Nothing is rounded then, merged adapters included; programs that
     # fine-tune start from full precision (steps in fp16 vanish or overflow), and servers choose their own.
     dtype: str = flag("float32", "numbers of the weights", choices=("float32", "bfloat16", "float16"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.folder is None:
-            raise UserError("name the folder to write: minimind export hf FOLDER")
 
 
 def export(argv: Sequence[str] | None = None) -> int:
     """Write a model as a Hugging Face folder: for transformers, TRL, PEFT, vLLM and others.
 
     A dense model is LlamaForCausalLM, a mixture of experts GraniteMoeSharedForCausalLM.
+
+        minimind export hf hf/
+        minimind export hf hf/ --from_weight rlhf --dtype bfloat16
     """
-    options = parse_flags(HFOptions, argv, export.__doc__)
+    options = parse_flags(HFOptions, argv, inspect.getdoc(export))
     from minimind.files import refuse_to_replace
 
     refuse_to_replace(options.folder)
@@ -51,7 +50,7 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    source: Path | None = flag(None, "what to read", positional=True)
+    source: Path = flag(REQUIRED, "what to read", positional=True)
     out_dir: Path = flag(OUT_DIR, "folder of the weight files")
     stage: str = flag("full_sft", "stage it shall count as, the first part of its name", choices=STAGES)
     tokenizer_path: Path | None = flag(
@@ -63,10 +62,10 @@ def import_hf(argv: Sequence[str] | None = None) -> int:
     """Read a model from a Hugging Face folder: one that `minimind export hf` wrote, as it was or trained on.
 
     Safetensors only. A model that MiniMind cannot express is refused with the reason.
+
+        minimind import hf hf/ --stage rlhf                       writes out/rlhf_512.pth
     """
-    options = parse_flags(ImportOptions, argv, import_hf.__doc__)
-    if options.source is None:
-        raise UserError("name the folder to read: minimind import hf FOLDER")
+    options = parse_flags(ImportOptions, argv, inspect.getdoc(import_hf))
     from minimind.export.folder import read_folder
     from minimind.export.incoming import keep
 
@@ -74,10 +73,13 @@ def import_hf(argv: Sequence[str] | None = None) -> int:
 
 
 def import_pth(argv: Sequence[str] | None = None) -> int:
-    """Read a weight file (.pth) from elsewhere, such as those that MiniMind2 published."""
-    options = parse_flags(ImportOptions, argv, import_pth.__doc__)
-    if options.source is None:
-        raise UserError("name the file to read: minimind import pth FILE")
+    """Read a weight file (.pth) from elsewhere.
+
+    Those that MiniMind2 published are such files. They are read as data, never as code.
+
+        minimind import pth full_sft_512.pth                      writes out/full_sft_512.pth
+    """
+    options = parse_flags(ImportOptions, argv, inspect.getdoc(import_pth))
     from minimind.export.incoming import keep
     from minimind.weights import load_model
 

@@ -10,9 +10,11 @@ import torch
 
 from minimind.errors import UserError
 from minimind.export.folder import tokenizer_files
-from minimind.files import atomic_write
+from minimind.files import write_text
 from minimind.model import MiniMind
+from minimind.runs import RUN, run_folder
 from minimind.tokenizer import Tokenizer
+from minimind.weights import check_vocabulary, save_state
 
 if TYPE_CHECKING:
     from minimind.export.hf_cli import ImportOptions
@@ -24,26 +26,19 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     Raises: UserError when there are weights of that name, or the tokenizer is not of its size.
     """
     target = options.out_dir / f"{options.stage}_{model.config.name}.pth"
-    run_dir = target.parent / "runs" / target.stem
+    run_dir = run_folder(target)
     if target.exists() or (run_dir / "checkpoints").exists():
         raise UserError(f"{target} or its run exists already; choose another --stage or --out_dir")
     tokenizer = tokenizer_of(folder, options.tokenizer_path)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{options.source} has a vocabulary of {model.config.vocab_size}, but the tokenizer in "
-            f"{tokenizer.path} has {tokenizer.vocab_size}; name the right one with --tokenizer_path"
-        )
+    check_vocabulary(options.source, model.config, tokenizer)
     shipped = tokenizer.fingerprint == Tokenizer.load().fingerprint
     if not shipped:
         for name, text in tokenizer_files(tokenizer).items():
             write_text(run_dir / "tokenizer" / name, text)
         tokenizer = Tokenizer.load(run_dir / "tokenizer")
     run = {"tokenizer_fingerprint": tokenizer.fingerprint, "imported": str(options.source)}
-    write_text(run_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
-    dtype = exact_dtype(model)
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: stored once
-    atomic_write(target, lambda file: torch.save(state, file))
+    write_text(run_dir / RUN, json.dumps(run, indent=2, ensure_ascii=False))
+    save_state(model.state_dict(), target, exact_dtype(model))
 
     print(f"{target}: {model.num_parameters / 1e6:.2f} M parameters from {options.source}")
     if not shipped:
@@ -81,7 +76,3 @@ def exact_dtype(model: MiniMind) -> torch.dtype:
     """fp16, as our weight files are, unless that would round a number."""
     exact = all(torch.equal(p.half().float(), p) for p in model.parameters())
     return torch.float16 if exact else torch.float32
-
-
-def write_text(path: Path, text: str) -> None:
-    atomic_write(path, lambda file: file.write(text.encode()))

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.errors import UserError
 from minimind.export.options import WeightOptions
+from minimind.files import atomic_write, refuse_to_replace, write_text
 from minimind.flags import flag, parse_flags
+from minimind.runs import RUN, run_folder
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(MergeOptions, argv, inspect.getdoc(main))
     base = options.weights
     target = (options.output_dir or options.out_dir / "merged") / base.name
-    if target.exists():
-        raise UserError(f"{target} exists already; choose another --output_dir or move it")
+    refuse_to_replace(target, "choose another --output_dir or move it")
     import torch
-
-    from minimind.files import atomic_write
 
     model, tokenizer = options.load()
     # Kept in fp32: sums rounded to fp16 would move logits by more than 1e-5.
@@ -45,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "merged": [str(path) for path in (base, *options.adapters)],
     }
-    atomic_write(
-        target.parent / "runs" / target.stem / "run.json",
-        lambda file: file.write(json.dumps(run, indent=2, ensure_ascii=False).encode()),
-    )
+    write_text(run_folder(target) / RUN, json.dumps(run, indent=2, ensure_ascii=False))
     names = ", ".join(options.lora_name)
     print(f"{target}: {base.name} with {names}; other commands find it with --out_dir {target.parent}")
     return 0

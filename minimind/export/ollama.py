@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from minimind.chat.options import SamplingOptions
@@ -42,7 +43,7 @@ def write_ollama(folder: Path, model: MiniMind, tokenizer: Tokenizer, dtype: str
 def modelfile(tokenizer: Tokenizer) -> str:
     """The template, what ends an answer, and how our own chat draws one."""
     options = SamplingOptions()
-    parameters = {
+    parameters: dict[str, Sequence[object]] = {
         "stop": [f'"{IM_START}"', f'"{IM_END}"'],
         "temperature": [options.temperature],
         "top_p": [options.top_p],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from minimind.config import PRESETS, ModelConfig, model_config
 from minimind.flags import flag
 from minimind.paths import OUT_DIR
-from minimind.stages import SCRIPTS
+from minimind.stages import SCRIPTS, command
 from minimind.stages.lora import check_names
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class ModelOptions:
 
     def command(self, script: str) -> str:
         """How to train a model of this shape, for messages."""
-        flags = ("preset", "hidden_size", "num_hidden_layers", "use_moe")
-        given = [f" --{name} {getattr(self, name)}" for name in flags if getattr(self, name) is not None]
-        elsewhere = "" if self.out_dir == OUT_DIR else f" --out_dir {self.out_dir}"
-        return f"python {script}{''.join(given)}{elsewhere}"
+        shape = ("preset", "hidden_size", "num_hidden_layers", "use_moe")
+        given = {name: getattr(self, name) for name in shape if getattr(self, name) is not None}
+        return command(script, given, self.out_dir)
 
 
 @dataclass(frozen=True)

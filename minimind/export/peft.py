@@ -13,12 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.files import atomic_write
+from minimind.export.folder import read_tensor_file
+from minimind.files import atomic_write, write_text
 from minimind.lora import adapter_ranks, check_fits
 from minimind.model import MiniMind
 
@@ -72,8 +72,7 @@ def export_peft(state: dict[str, Tensor], folder: Path, base_model: str | None =
         for name, tensor in state.items()
     }
     atomic_write(folder / WEIGHTS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
-    text = json.dumps(config, indent=2)
-    atomic_write(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_text(folder / CONFIG, json.dumps(config, indent=2))
 
 
 def import_peft(folder: Path, model: MiniMind) -> dict[str, Tensor]:
@@ -81,7 +80,8 @@ def import_peft(folder: Path, model: MiniMind) -> dict[str, Tensor]:
 
     Raises: UserError when files are missing or damaged, hold more than plain LoRA, or do not fit.
     """
-    config, tensors = read_config(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    config = read_config(folder / CONFIG)
+    tensors = read_tensor_file(folder / WEIGHTS, "adapter_model.bin", "PEFT's save_pretrained")
     state = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
@@ -132,14 +132,3 @@ def read_config(path: Path) -> dict[str, Any]:
         found = ", ".join(f"{name} {config[name]!r}" for name in unusual)
         raise UserError(f"{path} has {found}, and only plain LoRA can be read")
     return config
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        reason = "adapter_model.bin is a pickle, which can run code, and is not read; " if pickled else ""
-        raise UserError(f"there is no {path}; {reason}write it with PEFT's save_pretrained")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError):
-        raise UserError(f"{path} is damaged; copy it again") from None

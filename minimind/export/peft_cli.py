@@ -66,11 +66,10 @@ def import_(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from minimind.export import peft
-    from minimind.files import atomic_write
+    from minimind.files import atomic_write, refuse_to_replace
 
     path = options.adapter_path(options.lora_name)
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another --lora_name or move it")
+    refuse_to_replace(path, "choose another --lora_name or move it")
     state = peft.import_peft(options.folder, options.model())
     atomic_write(path, lambda file: torch.save(state, file))
     print(f"{path}: use it with --lora_name {options.lora_name}")

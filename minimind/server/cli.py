@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import signal
 import socket
@@ -13,10 +14,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.chat.cli import MODES, adapter_names, check_positions, find_weights, load
+from minimind.chat.loading import LoadOptions, check_positions, description
 from minimind.chat.options import WEIGHTS
 from minimind.errors import UserError
-from minimind.export.options import ModelOptions
 from minimind.flags import flag, parse_flags
 
 if TYPE_CHECKING:
@@ -30,16 +30,13 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True)
-class ServeOptions(ModelOptions):
+class ServeOptions(LoadOptions):
     host: str = flag("127.0.0.1", "address to listen at; any but this machine's own needs a key")
     port: int = flag(8000, "port to listen at; 0: any that is free")
     api_key: str | None = flag(None, f"key that clients must send; {KEY} in the environment hides it better")
-    model_mode: int = flag(1, "0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 full_dist")
     lora_name: tuple[str, ...] = flag(
         (), "adapters to serve too, each with the weights alone, as the models minimind:NAME"
     )
-    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, …")
     weights: str = flag("half", "how weights are held in memory", choices=WEIGHTS)
     rows: int = flag(16, "answers that are written at once, of each model")
     queue: int = flag(64, "answers that may wait beyond them; then clients are told to come again (429)")
@@ -47,9 +44,9 @@ class ServeOptions(ModelOptions):
     grace: int = flag(30, "seconds in which answers may still end after SIGTERM or Ctrl-C")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least, most in (
             ("port", 0, 65535),
-            ("model_mode", 0, len(MODES) - 1),
             ("rows", 1, 4096),
             ("queue", 0, 1_000_000),
             ("max_length", 2, 1_000_000),
@@ -60,8 +57,14 @@ class ServeOptions(ModelOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """A model behind OpenAI's API at /v1, with a page to talk to it at /, and figures at /metrics."""
-    options = parse_flags(ServeOptions, argv, main.__doc__)
+    """Answer requests with a model.
+
+    OpenAI's API is at /v1, a page to talk to the model at /, and figures are at /metrics.
+
+        minimind serve                                            out/full_sft_512.pth, on this machine alone
+        minimind serve --model_mode 3 --port 9000                 a reasoning model at another port
+    """
+    options = parse_flags(ServeOptions, argv, inspect.getdoc(main))
     for package in NEEDED:
         if not importlib.util.find_spec(package):
             raise UserError(f"the server needs {package}: pip install 'minimind[serve]'")
@@ -89,7 +92,7 @@ def bind(host: str, port: int, key: str | None) -> socket.socket:
         raise UserError(
             f"--host {host} is no address; leave it out to listen on this machine alone"
         ) from None
-    if key is None and not ip_address(address[0].split("%")[0]).is_loopback:
+    if key is None and not ip_address(str(address[0]).split("%")[0]).is_loopback:
         raise UserError(
             f"--host {host} lets others ask too, which needs a key: put one into the environment as {KEY}; "
             f"make one with: {MAKE_KEY}"
@@ -114,7 +117,7 @@ def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> in
     from minimind.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(options.tokenizer_path)
-    path = find_weights(MODES[options.model_mode], options, sys.stdout)
+    path = options.find_weights(sys.stdout)
     models = load_models(path, options, tokenizer)
 
     def stop() -> None:
@@ -137,24 +140,21 @@ def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> in
 def load_models(path: Path, options: ServeOptions, tokenizer: Tokenizer) -> list[Served]:
     """The model in `path`, then the same with each adapter alone, each with an engine of its own.
 
-    Raises: UserError as `chat.cli.load`, and when there is not the memory for their answers.
+    Raises: UserError as `LoadOptions.load_model`, and when there is not the memory for their answers.
     """
     from minimind.chat.engine import Engine
     from minimind.chat.inference import InferenceModel
     from minimind.server.answers import Served
 
     models = []
-    for adapter in (None, *adapter_names(options)):
-        model = load(path, [adapter] if adapter else [], options, tokenizer)
+    for adapter in (None, *options.adapters):
+        model = options.load_model(path, [adapter] if adapter else [], tokenizer)
         check_positions(model.config, "max_length", options.max_length)
         check_memory(model, options)
         name = f"minimind:{adapter}" if adapter else "minimind"
-        print(
-            f"{name}: {path.name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}", flush=True
-        )
+        print(f"{name}: {description(path.name, model)}", flush=True)
         engine = Engine(InferenceModel(model, options.weights), options.rows, options.max_length)
-        stage, created = MODES[options.model_mode], int(path.stat().st_mtime)
-        models.append(Served(name, stage, adapter, created, engine))
+        models.append(Served(name, options.stage, adapter, int(path.stat().st_mtime), engine))
     return models
 
 
@@ -164,7 +164,7 @@ def check_memory(model: MiniMind, options: ServeOptions) -> None:
 
     config, size = model.config, 2 if model.device.type == "cuda" and options.weights != "fp32" else 4
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    needed = (1 + len(options.lora_name)) * options.rows * options.max_length * position
+    needed = (1 + len(options.adapters)) * options.rows * options.max_length * position
     there = total_memory(model.device)
     if needed > 0.8 * there:
         raise UserError(

@@ -43,7 +43,7 @@ class ImpatientProtocol(H11Protocol):
     _late: TimerHandle | None = None
     _stalled: TimerHandle | None = None
 
-    def connection_made(self, transport: Transport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override] # as its parent does
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.write(CROWDED)

@@ -111,8 +111,8 @@ async def read_body(scope: Scope, receive: Receive) -> bytes | None:
                 if not message.get("more_body"):
                     return bytes(body)
     except TimeoutError:
-        message = f"the request's body did not come within {BODY_SECONDS} seconds"
-        raise ApiError(408, message, headers={"Connection": "close"}) from None
+        late = f"the request's body did not come within {BODY_SECONDS} seconds"
+        raise ApiError(408, late, headers={"Connection": "close"}) from None
 
 
 def too_large() -> ApiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -29,7 +29,16 @@ class PageFiles(StaticFiles):
 
 
 def add_page(app: FastAPI, folder: Path) -> None:
-    """Serve `folder` at /page, and also at /, where its index.html is the page itself."""
-    if folder.is_dir():
-        app.mount("/page", PageFiles(directory=folder, html=True))
-        app.mount("/", PageFiles(directory=folder, html=True))
+    """Serve `folder` at /page, and also at /, where its index.html is the page itself.
+
+    At / by a route of one level: a mount would also take the API's paths, wherever the method is wrong.
+    """
+    if not folder.is_dir():
+        return
+    files = PageFiles(directory=folder, html=True)
+    app.mount("/page", files)
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def file(request: Request, name: str = "index.html") -> Response:
+        return await files.get_response(name, request.scope)

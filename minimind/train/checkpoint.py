@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from minimind.errors import UserError
-from minimind.files import atomic_write, free_space
+from minimind.files import atomic_write, free_space, write_text
 from minimind.train.engine import Engine
 from minimind.train.parallel import Parallel
 
@@ -98,7 +98,7 @@ class CheckpointWriter:
             return
         atomic_write(path / STATE, lambda file: torch.save(state, file))
         checksums = "".join(f"{file_checksum(file)}  {file.name}\n" for file in sorted(path.iterdir()))
-        atomic_write(path.with_suffix(".sha256"), lambda file: file.write(checksums.encode()))
+        write_text(path.with_suffix(".sha256"), checksums)
         finished = list_checkpoints(self.folder)
         for old in finished[: -self.keep]:
             old.with_suffix(".sha256").unlink()

@@ -34,10 +34,10 @@ from minimind.data.batches import Batch, PackedDataset, prefetch
 from minimind.data.records import Kind
 from minimind.errors import UserError
 from minimind.evaluate.run_report import REPORT, SAMPLES
-from minimind.files import atomic_write, check_writable
+from minimind.files import check_writable, write_text
 from minimind.model import MiniMind
-from minimind.paths import OUT_DIR
-from minimind.stages import SCRIPTS
+from minimind.runs import RUN, read_run, run_folder
+from minimind.stages import SCRIPTS, command
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
 from minimind.train.checkpoint import (
@@ -145,7 +145,7 @@ class Trainer:
             self.tokenizer.vocab_size,
         )
         self.weights_path = options.out_dir / f"{stage.name}_{self.config.name}.pth"
-        self.run_dir = self.weights_path.parent / "runs" / self.weights_path.stem
+        self.run_dir = run_folder(self.weights_path)
         check_writable(self.weights_path.parent)
         check_writable(self.run_dir)
         if not parallel.see_the_same(self.run_dir):
@@ -223,17 +223,16 @@ class Trainer:
             return MiniMind(self.config)
         paths = {self.options.out_dir / f"{name}_{self.config.name}.pth": name for name in names}
         path = next((p for p in paths if p.is_file()), list(paths)[-1])
-        same = ("preset", "hidden_size", "num_hidden_layers", "use_moe", "tokenizer_path", "out_dir")
-        given = {name: getattr(self.options, name) for name in same}
-        flags = [f" --{n} {v}" for n, v in given.items() if v not in (None, False, OUT_DIR)]
         script = SCRIPTS.get(paths[path])
         if not script and not path.is_file():
             tail = f"_{self.config.name}.pth"
             found = sorted(p.name.removesuffix(tail) for p in self.options.out_dir.glob(f"*{tail}"))
             there = ", ".join(found) or "none of this size"
             raise UserError(f"--from_weight {from_weight}: there is no {path}; there are: {there}")
-        command = f"python {script}{''.join(flags)}"
-        model = load_model(path, command, expected=self.config)
+        same = ("preset", "hidden_size", "num_hidden_layers", "use_moe", "tokenizer_path")
+        given = {name: v for name in same if (v := getattr(self.options, name)) not in (None, False)}
+        how_to_make = command(script or "…", given, self.options.out_dir)
+        model = load_model(path, how_to_make, expected=self.config)
         check_tokenizer(path, self.tokenizer)
         self.started_from = path
         return model
@@ -289,10 +288,7 @@ class Trainer:
 
     def run_before(self) -> dict[str, Any]:
         """The settings of the last run in this folder, which may have been killed before its first save."""
-        try:
-            return dict(json.loads((self.run_dir / "run.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return read_run(self.weights_path)
 
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: all that decides its results."""
@@ -577,7 +573,7 @@ class Trainer:
         """`run.json`, for a reader of the results and for the stage that goes on from them."""
         if self.parallel.is_main:
             text = json.dumps(report.settings(self) | more, indent=2, ensure_ascii=False)
-            atomic_write(self.run_dir / "run.json", lambda file: file.write(text.encode()))
+            write_text(self.run_dir / RUN, text)
 
     def evaluate(self, step: int, full: bool) -> None:
         if self.held_out is None:

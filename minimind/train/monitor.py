@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from minimind.files import atomic_write
+from minimind.files import write_text
 from minimind.model import MiniMind
 from minimind.train.loggers import Loggers, RunInfo
 
@@ -143,7 +143,7 @@ def keep_lines_before(path: Path, step: int) -> None:
                 continue
     elif path.is_file() and path.stat().st_size:
         path.replace(path.with_suffix(".previous.jsonl"))
-    atomic_write(path, lambda file: file.write("".join(kept).encode()))
+    write_text(path, "".join(kept))
 
 
 def duration(seconds: float) -> str:

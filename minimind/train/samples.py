@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minimind.errors import UserError
 from minimind.evaluate.run_report import SAMPLES, write_run_report
-from minimind.files import atomic_write
+from minimind.files import write_text
 from minimind.train.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def conclude(trainer: Trainer) -> None:
     """Write `samples.jsonl` and `report.html`. Both can be had later too, so nothing is worth failing for."""
     try:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples(trainer)]
-        atomic_write(trainer.run_dir / SAMPLES, lambda file: file.write("".join(lines).encode()))
+        write_text(trainer.run_dir / SAMPLES, "".join(lines))
         trainer.say(f"report: {write_run_report(trainer.run_dir)}")
     except UserError as error:
         trainer.say(f"no report: {error}; later: minimind report {trainer.run_dir}")

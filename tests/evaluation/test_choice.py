@@ -200,7 +200,6 @@ def test_ctrl_c_says_how_far_it_got(questions, flags, tmp_path, monkeypatch, cap
         (["--shots", "5"], "needs --examples_path"),
         (["--shots", "-1"], "--shots is -1"),
         (["--limit", "0"], "--limit is 0"),
-        (["--model_mode", "9"], "--model_mode is 9; it must be 0 to 4"),
         (["--model_mode", "3"], "no reason weights"),
         (["--max_seq_len", "4"], "--max_seq_len is 4"),
         (["--hidden_size", "128"], "no full_sft weights of the shape asked for"),
@@ -216,6 +215,13 @@ def test_mistakes_are_one_sentence(questions, flags, more, message):
         main(["eval", "choice", str(questions), *flags, *more])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mode_that_there_is_not(questions, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "choice", str(questions), *flags, "--model_mode", "9"])
+    assert ended.value.code == 2
+    assert "--model_mode: invalid choice: 9 (choose from 0, 1, 2, 3, 4)" in capsys.readouterr().err
 
 
 def test_mistakes_in_the_file_are_told_before_pytorch_loads(tmp_path, out):

@@ -87,11 +87,18 @@ def test_ctrl_c_says_how_far_it_got(chats, flags, monkeypatch, capsys):
     [
         (["--limit", "0"], "--limit is 0"),
         (["--temperature", "-1"], "temperature must be"),
-        ([], "name a JSONL"),
+        (["--min_p", "2"], "min_p must be"),
+        (["--max_seq_len", "4"], "--max_seq_len is 4"),
     ],
 )
 def test_mistakes_are_told(chats, flags, more, message):
-    data = [str(chats)] if more else []
     with pytest.raises(UserError) as caught:
-        main(["eval", "repetition", *data, *flags, *more])
+        main(["eval", "repetition", str(chats), *flags, *more])
     assert message in str(caught.value)
+
+
+def test_the_file_must_be_named(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "repetition", *flags])
+    assert ended.value.code == 2
+    assert "the following arguments are required: DATA" in capsys.readouterr().err

@@ -209,9 +209,14 @@ def test_nothing_is_overwritten_or_left_half(minimind, tmp_path, monkeypatch):
             with pytest.raises(UserError, match=rf"could not write {tmp_path / target}: {reason}; "):
                 minimind(f"export {name}", tmp_path / target, *SIZE)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "model.gguf"}
-    for name, what in (("gguf", "file"), ("ollama", "folder")):
-        with pytest.raises(UserError, match=f"name the {what} to write"):
-            minimind(f"export {name}", *SIZE)
+
+
+@pytest.mark.parametrize(("name", "what"), [("gguf", "FILE"), ("ollama", "FOLDER")])
+def test_where_to_write_must_be_said(minimind, capsys, name, what):
+    with pytest.raises(SystemExit) as ended:
+        minimind(f"export {name}", *SIZE)
+    assert ended.value.code == 2
+    assert f"the following arguments are required: {what}" in capsys.readouterr().err
 
 
 def test_without_the_package_the_mend_is_named(minimind, tmp_path, monkeypatch):

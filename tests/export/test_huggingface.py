@@ -172,8 +172,6 @@ def test_nothing_is_overwritten(minimind, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         with pytest.raises(UserError, match="exists already"):
             minimind("export hf", other, *SIZE)
-    with pytest.raises(UserError, match="name the folder to write"):
-        minimind("export hf", *SIZE)
 
 
 def test_a_write_that_fails_leaves_nothing(minimind, tmp_path, monkeypatch):
@@ -465,9 +463,16 @@ def test_weight_files_that_cannot_come_in(minimind, tmp_path):
             minimind("import pth", tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"there is no .*nowhere\.pth"):
         minimind("import pth", tmp_path / "nowhere.pth")
-    for command, what in (("import pth", "file"), ("import hf", "folder")):
-        with pytest.raises(UserError, match=f"name the {what} to read"):
-            minimind(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "what"), [("export hf", "FOLDER"), ("import hf", "SOURCE"), ("import pth", "SOURCE")]
+)
+def test_what_to_write_or_read_must_be_said(minimind, capsys, command, what):
+    with pytest.raises(SystemExit) as ended:
+        minimind(command)
+    assert ended.value.code == 2
+    assert f"the following arguments are required: {what}" in capsys.readouterr().err
 
 
 # ---- Chat ----

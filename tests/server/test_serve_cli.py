@@ -195,7 +195,6 @@ def test_others_may_ask_only_with_a_key(host, monkeypatch):
         (["--rows", "0"], "--rows is 0; it must be 1 to"),
         (["--queue", "-1"], "--queue is -1"),
         (["--max_length", "1"], "--max_length is 1"),
-        (["--model_mode", "9"], "--model_mode is 9"),
         (["--grace", "-1"], "--grace is -1"),
         (["--api_key", "a b"], "visible ASCII"),
         (["--api_key", "钥匙"], "visible ASCII"),
@@ -210,6 +209,13 @@ def test_wrong_flags_are_named(out, flags, words):
     with pytest.raises(UserError) as error:
         cli.main(["--out_dir", str(out), "--port", "0", "--device", "cpu", *flags])
     assert words in str(error.value)
+
+
+def test_a_mode_that_there_is_not(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--port", "0", "--model_mode", "9"])
+    assert ended.value.code == 2
+    assert "--model_mode: invalid choice: 9 (choose from 0, 1, 2, 3, 4)" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_with_its_mend(monkeypatch):

@@ -1,0 +1,144 @@
+"""Which trained model to talk to, to serve or to evaluate: found among the weight files, and loaded.
+
+Free of torch until a model is loaded, so that `--help` and mistakes in flags answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from minimind.config import PRESETS, ModelConfig
+from minimind.errors import UserError
+from minimind.flags import flag
+from minimind.paths import OUT_DIR
+from minimind.stages import SCRIPTS, command
+from minimind.stages.lora import check_names
+
+if TYPE_CHECKING:
+    from minimind.model import MiniMind
+    from minimind.tokenizer import Tokenizer
+
+MODES = ("pretrain", "full_sft", "rlhf", "reason", "full_dist")  # stages, indexed by --model_mode
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The flags of every command that uses a trained model."""
+
+    model_mode: int = flag(
+        1, ", ".join(f"{mode} {stage}" for mode, stage in enumerate(MODES)), choices=range(len(MODES))
+    )
+    out_dir: Path = flag(OUT_DIR, "folder of the weight files")
+    preset: str | None = flag(None, "shape, where out_dir has several", choices=tuple(PRESETS))
+    hidden_size: int | None = flag(None, "shape, where out_dir has several")
+    num_hidden_layers: int | None = flag(None, "refuse a model with another number of layers")
+    use_moe: bool | None = flag(None, "mixture of experts, where out_dir has both")
+    lora_name: tuple[str, ...] = flag((), "LoRA adapters to add, one or several")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.stage == "pretrain":
+            raise UserError(
+                "--lora_name: adapters belong to a model that answers; choose --model_mode 1 to 4"
+            )
+        check_names(self.adapters)
+
+    @property
+    def stage(self) -> str:
+        return MODES[self.model_mode]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of those asked for; "None" is the seed's word for none."""
+        return [name for name in self.lora_name if name != "None"]
+
+    @property
+    def asked_shape(self) -> dict[str, int | bool]:
+        """The sizes that the flags insist on, by flag name; all others are read from the weights."""
+        asked = shape_of(PRESETS[self.preset]) if self.preset else {}
+        explicit = {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "use_moe")}
+        return asked | {name: value for name, value in explicit.items() if value is not None}
+
+    def find_weights(self, notes: TextIO) -> Path:
+        """The stage's weight file in `out_dir` whose name agrees with the sizes asked for.
+
+        Of several, the one of the default shape (512, dense) or else the smallest; `notes` says which.
+        Raises: UserError when there is none, with the command that makes it.
+        """
+        asked, found = self.asked_shape, {}
+        for path in self.out_dir.glob(f"{self.stage}_*.pth"):
+            match = re.fullmatch(rf"{self.stage}_(\d+)(_moe)?\.pth", path.name)
+            if match:
+                shape = {"hidden_size": int(match[1]), "use_moe": match[2] is not None}
+                if all(asked.get(name, value) == value for name, value in shape.items()):
+                    default = shape == {"hidden_size": 512, "use_moe": False}
+                    found[not default, *shape.values()] = path
+        if not found:
+            wanted = f"{self.stage} weights" + (" of the shape asked for" if asked else "")
+            make = command(SCRIPTS[self.stage], asked, self.out_dir)
+            raise UserError(f"{self.out_dir} has no {wanted}; make them with: {make}")
+        first, *others = (found[key] for key in sorted(found))
+        if others:
+            names = ", ".join(path.name for path in others)
+            print(f"taking {first.name}; --hidden_size and --use_moe choose another: {names}", file=notes)
+        return first
+
+    def load_model(self, path: Path, adapters: Sequence[str], tokenizer: Tokenizer) -> MiniMind:
+        """The model in `path`, a weight file or a transformers directory, with `adapters`, ready to answer.
+
+        Raises: UserError when there is no such device, a file is missing or damaged, or does not fit the
+            model, the flags or the tokenizer.
+        """
+        from minimind.train.parallel import choose_device
+        from minimind.weights import check_tokenizer, check_vocabulary, load_model
+
+        device = choose_device(self.device)
+        if path.is_dir():
+            from minimind.export.folder import read_folder
+
+            model = read_folder(path)
+        else:
+            model = load_model(path, command(SCRIPTS[self.stage], self.asked_shape, self.out_dir))
+        check_vocabulary(path, model.config, tokenizer)
+        if path.is_file():
+            check_tokenizer(path, tokenizer)
+        shape = shape_of(model.config)
+        for name, wanted in self.asked_shape.items():
+            if shape[name] != wanted:
+                raise UserError(
+                    f"{path} holds a model with {name} {shape[name]}, but {wanted} was asked for; "
+                    "without shape flags the shape is read from the file"
+                )
+        if adapters:
+            from minimind.lora import load_adapters
+
+            files = [self.out_dir / "lora" / f"{name}_{model.config.name}.pth" for name in adapters]
+            load_adapters(model, files, command(SCRIPTS["lora"], shape, self.out_dir), tokenizer)
+        return model.to(device).eval()
+
+
+def shape_of(config: ModelConfig) -> dict[str, int | bool]:
+    """The sizes that flags can name."""
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "use_moe": config.num_experts > 0,
+    }
+
+
+def check_positions(config: ModelConfig, name: str, length: int) -> None:
+    """Raises: UserError when the flag `name` asks for more tokens than the model has positions."""
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--{name} {length} is more than the {config.max_position_embeddings} positions of the model"
+        )
+
+
+def description(name: str, model: MiniMind) -> str:
+    """What a command says of the model that it has loaded."""
+    return f"{name}, {model.num_parameters / 1e6:.2f} M parameters, {model.device}"
