@@ -16,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -213,8 +214,19 @@ def check(command: Command) -> None:
         check_extras(arguments)
     elif found := own_main(command):
         check_flags(*found, command.whole)
-    elif not command.marked and program not in OWN_WORDS:
+    elif not command.marked and program not in OWN_WORDS and not is_helper_of_tests(command.words):
         raise Wrong(f"no command of this project; say what it needs in a comment: {NEEDS.pattern}")
+
+
+def is_helper_of_tests(words: Sequence[str]) -> bool:
+    """`python -m tests.…`, which takes no flags"""
+    _, *arguments = words
+    return (
+        len(arguments) == 2
+        and arguments[0] == "-m"
+        and arguments[1].startswith("tests.")
+        and bool(find_spec(arguments[1]))
+    )
 
 
 def launched_command(launcher: str, arguments: list[str], command: Command) -> Command | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -26,10 +27,11 @@ from minimind.paths import ROOT
 from minimind.train import loop
 from minimind.weights import save_weights
 
-SIZE = "--hidden_size 64 --num_hidden_layers 2"
+SIZE = "--hidden_size 64 --num_hidden_layers 2 --out_dir out"
 TRAIN = f"{SIZE} --max_steps 2 --device cpu --num_workers 1"
 SHORT = {"--batch_size": "2", "--accumulation_steps": "1", "--max_seq_len": "64", "--compile": "0"}
-CHAT = f"{SIZE} --max_new_tokens 2 --device cpu"
+EVAL = f"{SIZE} --device cpu"
+CHAT = f"{EVAL} --max_new_tokens 2"
 
 # How a documented command of each kind is run: with these flags in the end, on the files of `world`.
 RUN = {
@@ -42,8 +44,20 @@ RUN = {
     "estimate": "",  # the flags of its stage
     "chat": CHAT,
     "merge": SIZE,
+    "export hf": SIZE,
+    "import hf": "--out_dir imported",
+    "import pth": "--out_dir imported",
+    "export gguf": SIZE,
+    "export ollama": SIZE,
     "export peft": SIZE,
     "import peft": f"{SIZE} --lora_name theirs --peft_dir peft",
+    "eval bpb": EVAL,
+    "eval choice": EVAL,
+    "eval repetition": f"{CHAT} --limit 2",
+    "report": "--out_dir out",
+    "data check": "",
+    "data stats": "--picture lengths.png",
+    "data convert": "",
     "tokenizer": "--vocab_size 300 --out_dir out/tokenizer",
     "doctor": "",
     "completion": "",
@@ -53,6 +67,8 @@ RUN = {
 RUN_BY = {
     "torchrun": "train/test_parallel.py",
     "deepspeed": "train/test_deepspeed.py",
+    "serve": "server/test_limits.py",
+    "data download": "data/test_download.py",
     "faults": "train/test_faults.py",
     "benchmarks.train_speed": "benchmarks/test_train_speed.py",
     "benchmarks.growth": "benchmarks/test_growth.py",
@@ -159,11 +175,24 @@ def made(tmp_path_factory):
         "r1_mix_1024": {"conversations": talk},
         "dpo": {"chosen": talk, "rejected": [talk[0], talk[1] | {"content": "不知道"}]},
     }
+    question = {
+        "question": "1加1？",
+        "A": "1",
+        "B": "2",
+        "C": "3",
+        "D": "4",
+        "answer": "B",
+        "subject": "数学",
+    }
+    records |= {"pretrain_val": records["pretrain_hq"], "cmmlu_test": question, "cmmlu_dev": question}
     (folder / "dataset").mkdir()
     for name, record in records.items():
         line = json.dumps(record, ensure_ascii=False)
         lines = [line.replace("春", str(i)).replace("3加", f"{i}加") for i in range(60)]
         (folder / f"dataset/{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = (folder / "dataset/dpo.jsonl").read_bytes()
+    (folder / "dataset/dpo.jsonl.gz").write_bytes(gzip.compress(pairs))
+    (folder / "alpaca_zh.json").write_text('[{"instruction": "你好", "output": "好"}]', encoding="utf-8")
     config = ModelConfig(hidden_size=64, num_hidden_layers=2)
     for stage in ("pretrain", "full_sft", "rlhf", "reason", "full_dist"):
         save_weights(random_model(config), folder / f"out/{stage}_64.pth")
@@ -172,10 +201,15 @@ def made(tmp_path_factory):
         attach(model, 2)
         randomise(model, 0)
         save_lora(model.state_dict(), folder / f"out/lora/{name}_64.pth")
-    from minimind.export.peft_cli import export
+    shutil.copy(folder / "out/full_sft_64.pth", folder / "full_sft_512.pth")
+    from minimind.export import hf_cli, peft_cli
 
-    arguments = f"--out_dir {folder}/out {SIZE} --lora_name lora_medical --peft_dir {folder}/peft"
-    export(arguments.split())
+    flags = [*SIZE.split(), "--out_dir", f"{folder}/out"]
+    peft_cli.export([*flags, "--lora_name", "lora_medical", "--peft_dir", f"{folder}/peft"])
+    hf_cli.export([f"{folder}/exported", *flags])
+    run = folder / "out/runs/full_sft_64"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 8.8}\n')
     return folder
 
 
@@ -202,8 +236,8 @@ def test_a_documented_command_runs(name, world, capsys):
     flags = RUN[f"train {arguments[0]}" if kind(command) == "estimate" else kind(command)].split()
     if kind(command).startswith(("train", "estimate")):
         flags += [word for pair in SHORT.items() if pair[0] not in arguments for word in pair]
-    if flags and kind(command) != "tokenizer":
-        flags += ["--out_dir", "out"]
+    if kind(command) == "import hf":
+        (world / "exported").rename(world / "hf")
     assert run(main, [*arguments, *flags]) == 0
 
 
