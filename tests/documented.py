@@ -32,7 +32,7 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`((?:minimind|python|make|torchrun|deepspeed) [^`\n]+)`(?!`)")
 NEEDS = re.compile(r"#.*(?:\bneeds\b|需要)")
-OWN_WORDS = {"cd", "source", "export", "mkdir", "pre-commit"}  # of a shell, and of tools that come with `dev`
+OWN_WORDS = {"cd", "export", "source", "mkdir", "pre-commit"}  # of a shell, and of the tools in `dev`
 LAUNCHERS = ("torchrun", "deepspeed")
 
 

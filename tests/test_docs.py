@@ -175,15 +175,7 @@ def made(tmp_path_factory):
         "r1_mix_1024": {"conversations": talk},
         "dpo": {"chosen": talk, "rejected": [talk[0], talk[1] | {"content": "不知道"}]},
     }
-    question = {
-        "question": "1加1？",
-        "A": "1",
-        "B": "2",
-        "C": "3",
-        "D": "4",
-        "answer": "B",
-        "subject": "数学",
-    }
+    question = {"question": "1加1？", **dict(zip("ABCD", "1234", strict=True)), "answer": "B"}
     records |= {"pretrain_val": records["pretrain_hq"], "cmmlu_test": question, "cmmlu_dev": question}
     (folder / "dataset").mkdir()
     for name, record in records.items():
@@ -207,9 +199,9 @@ def made(tmp_path_factory):
     flags = [*SIZE.split(), "--out_dir", f"{folder}/out"]
     peft_cli.export([*flags, "--lora_name", "lora_medical", "--peft_dir", f"{folder}/peft"])
     hf_cli.export([f"{folder}/exported", *flags])
-    run = folder / "out/runs/full_sft_64"
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 8.8}\n')
+    run_folder = folder / "out/runs/full_sft_64"
+    run_folder.mkdir(parents=True)
+    (run_folder / "metrics.jsonl").write_text('{"step": 1, "loss": 8.8}\n')
     return folder
 
 
