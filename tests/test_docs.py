@@ -260,6 +260,12 @@ def test_help_teaches_by_example(name):
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_table_of_commands_has_them_all(language):
+    page = (ROOT / f"docs/{language}/commands.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`minimind {name}`" not in page] == []
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_python_in_the_api_page_runs(language, world, capsys):
     (world / "out/full_sft_64.pth").rename(world / "out/full_sft_512.pth")
     page = (ROOT / f"docs/{language}/api.md").read_text(encoding="utf-8")
