@@ -52,7 +52,11 @@ def scripts(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("words", "offered", "not_offered"), TYPED, ids=lambda v: "-".join(v))
+@pytest.mark.parametrize(
+    ("words", "offered", "not_offered"),
+    TYPED,
+    ids=lambda v: "-".join(v if isinstance(v, list) else sorted(v)),
+)
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_what_tab_offers(scripts, tmp_path, shell, words, offered, not_offered):
     if not shutil.which(shell):
