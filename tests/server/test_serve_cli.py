@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -24,6 +25,18 @@ from minimind.server import cli
 from minimind.weights import save_weights
 
 from .live import ASK, CHAT, CONFIG, TOKENIZER, chat_ids, eventually
+
+BROKEN = """
+import sys
+from minimind.chat.engine import Engine
+from minimind.server import cli
+
+def broken(_):
+    raise RuntimeError("out of luck")
+
+Engine.step = broken
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +59,12 @@ def serve(out):
     """Start the command; returns its process and address."""
     started = []
 
-    def start(*flags: str) -> tuple[subprocess.Popen, str]:
-        command = [sys.executable, "-m", "minimind", "serve", "--out_dir", str(out), "--port", "0"]
+    def start(
+        *flags: str, program: Sequence[str] = ("-m", "minimind", "serve")
+    ) -> tuple[subprocess.Popen, str]:
         process = subprocess.Popen(
-            [*command, "--device", "cpu", "--max_length", "8192", *flags],
+            [sys.executable, *program, "--out_dir", str(out), "--port", "0", "--device", "cpu"]
+            + ["--max_length", "8192", *flags],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -145,31 +160,10 @@ def test_a_second_ctrl_c_leaves_at_once(serve, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_broken_engine_ends_the_command_with_1(out, monkeypatch, capsys):
-    def broken(_):
-        raise RuntimeError("out of luck")
-
-    def ask() -> int:
-        assert eventually(lambda: listening)
-        return httpx.post(listening[0] + CHAT, json={"messages": ASK}, timeout=30).status_code
-
-    def announced(host, port, key, bind=cli.bind):
-        listener = bind(host, port, key)
-        listening.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        return listener
-
-    listening: list[str] = []
-    monkeypatch.setattr("minimind.chat.engine.Engine.step", broken)
-    monkeypatch.setattr("threading.excepthook", lambda _: None)
-    monkeypatch.setattr(cli, "bind", announced)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with ThreadPoolExecutor(1) as threads:
-            status = threads.submit(ask)
-            assert cli.main(["--out_dir", str(out), "--port", "0", "--device", "cpu"]) == 1
-            assert status.result() == 503
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_a_broken_engine_ends_the_command_with_1(serve):
+    process, url = serve(program=("-c", BROKEN))
+    assert httpx.post(url + CHAT, json={"messages": ASK}, timeout=30).status_code == 503
+    assert process.wait(30) == 1
 
 
 def test_a_taken_port_is_said(out):

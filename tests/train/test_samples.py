@@ -48,10 +48,10 @@ def test_a_stopped_run_has_no_page_yet(options, monkeypatch):
 
 
 def test_a_full_disk_does_not_fail_the_training(options, monkeypatch, capsys):
-    def full(path, write):
+    def full(path, text):
         raise UserError(f"could not write {path}: No space left on device")
 
-    monkeypatch.setattr(samples, "atomic_write", full)
+    monkeypatch.setattr(samples, "write_text", full)
     trainer = run(options)
     assert trainer.exit_code == 0
     assert trainer.weights_path.exists()
