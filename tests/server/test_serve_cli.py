@@ -26,6 +26,7 @@ from minimind.weights import save_weights
 
 from .live import ASK, CHAT, CONFIG, TOKENIZER, chat_ids, eventually
 
+SERVE = ("-m", "minimind", "serve")
 BROKEN = """
 import sys
 from minimind.chat.engine import Engine
@@ -59,12 +60,10 @@ def serve(out):
     """Start the command; returns its process and address."""
     started = []
 
-    def start(
-        *flags: str, program: Sequence[str] = ("-m", "minimind", "serve")
-    ) -> tuple[subprocess.Popen, str]:
+    def start(*flags: str, program: Sequence[str] = SERVE) -> tuple[subprocess.Popen, str]:
+        own = ["--out_dir", str(out), "--port", "0", "--device", "cpu", "--max_length", "8192"]
         process = subprocess.Popen(
-            [sys.executable, *program, "--out_dir", str(out), "--port", "0", "--device", "cpu"]
-            + ["--max_length", "8192", *flags],
+            [sys.executable, *program, *own, *flags],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
