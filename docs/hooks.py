@@ -157,11 +157,16 @@ def find(tree: ast.AST, names: list[str]) -> ast.stmt | None:
 
 
 def table(path: Path, anchor: str) -> str:
-    """A table of a result of benchmarks/results: `key/column,column`; without columns, one number a row."""
+    """A table of a result of benchmarks/results: `key/column,column`; without columns, one number a row.
+
+    A key of a key has a dot between: `settings.0.tokens_per_s`.
+    """
     result = json.loads(path.read_bytes())
     key, _, columns = anchor.partition("/")
-    rows = result[key] if key else result
-    names = columns.split(",") if columns else [key]
+    rows = result
+    for part in filter(None, key.split(".")):
+        rows = rows[int(part)] if isinstance(rows, list) else rows[part]
+    names = columns.split(",") if columns else [key.split(".")[-1]]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row, values in rows.items():
         cells = [values[name] for name in names] if columns else [values]
