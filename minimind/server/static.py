@@ -33,8 +33,6 @@ def add_page(app: FastAPI, folder: Path) -> None:
 
     At / by a route of one level: a mount would also take the API's paths, wherever the method is wrong.
     """
-    if not folder.is_dir():
-        return
     files = PageFiles(directory=folder, html=True)
     app.mount("/page", files)
 
