@@ -44,7 +44,7 @@ COMMANDS = {
     "data check": Command("minimind.data.check:main", "find what is wrong in a data file"),
     "data stats": Command("minimind.data.stats:main", "lengths, languages, copies and rows of a data file"),
     "data convert": Command("minimind.data.convert:main", "to and from the formats of LLaMA-Factory"),
-    "tokenizer": Command("minimind.tokenizer:main", "train a tokenizer of your own"),
+    "tokenizer": Command("minimind.tokenizer_training:main", "train a tokenizer of your own"),
     "estimate": Command("minimind.estimate:main", "what a stage will cost: time, money, memory"),
     "doctor": Command("minimind.doctor.cli:main", "check this machine"),
     "completion": Command("minimind.completion:main", "print what makes Tab complete all this in a shell"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from minimind.bulk_encoding import LONGEST, bulk_encoder
 from minimind.paths import DATASET_DIR, TOKENIZER_DIR
-from minimind.tokenizer import WORD, Tokenizer, train_tokenizer
+from minimind.tokenizer import WORD, Tokenizer
+from minimind.tokenizer_training import train_tokenizer
 
 TOKENIZER = Tokenizer.load()
 SOURCE = (TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8")

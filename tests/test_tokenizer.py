@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind import tokenizer as module
 from minimind.errors import UserError
 from minimind.paths import ROOT, TOKENIZER_DIR
-from minimind.tokenizer import CONTROL_TOKENS, StreamDecoder, Tokenizer, main, train_tokenizer
+from minimind.tokenizer import CONTROL_TOKENS, TOKENIZER_FILES, StreamDecoder, Tokenizer
+from minimind.tokenizer_training import main, read_texts, train_tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
 MINIMIND2 = SHARED / "minimind2_tokenizer"
@@ -182,7 +182,7 @@ def test_stream_never_gives_half_a_character(tokenizer):
 
 
 def characters_per_token(tokenizer: Tokenizer, name: str) -> float:
-    texts = list(module.read_texts(SHARED / f"{name}.jsonl.gz"))
+    texts = list(read_texts(SHARED / f"{name}.jsonl.gz"))
     return sum(map(len, texts)) / sum(map(len, tokenizer.encode_batch(texts)))
 
 
@@ -193,7 +193,7 @@ def test_compresses_better_than_minimind2(tokenizer, name):
 
 
 def broken_copy(directory: Path, **changes: str) -> Path:
-    for name in module.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (directory / name).write_text((TOKENIZER_DIR / name).read_text())
     for name, text in changes.items():
         (directory / name.replace("__", ".")).write_text(text)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_lora import randomise
 from test_model import random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind import cli
 from minimind.config import ModelConfig
@@ -80,3 +81,9 @@ def minimind(out, monkeypatch):
     """Run a command on `out`."""
     monkeypatch.setattr("sys.argv", ["minimind"])
     return lambda name, *flags: cli.main([*name.split(), "--out_dir", str(out), *map(str, flags)])
+
+
+def load_peer(folder):
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
