@@ -10,16 +10,13 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from minimind.chat.loading import LoadOptions, check_positions, description
-from minimind.chat.options import WEIGHTS, SamplingOptions
+from minimind.chat.loading import AnswerOptions, check_positions, description
+from minimind.chat.options import SamplingOptions
 from minimind.chat.questions import questions_for
 from minimind.chat.session import ChatSession
 from minimind.chat.talk import Talk
-from minimind.errors import UserError
 from minimind.flags import add_flags, flag, parser_settings, part_of
-from minimind.tokenizer import Tokenizer
 
 DESCRIPTION = """Talk to a model that MiniMind trained.
 
@@ -27,20 +24,6 @@ DESCRIPTION = """Talk to a model that MiniMind trained.
     python eval_model.py --model_mode 1 --prompt 你好          one answer on stdout, for a script
     python eval_model.py --lora_name lora_medical             with an adapter
 """
-
-
-@dataclass(frozen=True)
-class WhichModel(LoadOptions):
-    load: int = flag(0, "0: a .pth file, 1: --hf_dir", choices=(0, 1))
-    hf_dir: Path | None = flag(None, "transformers directory to load, as `minimind export hf` writes it")
-    weights: str = flag("half", "how they are held in memory", choices=WEIGHTS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.load == 1 and self.hf_dir is None:
-            raise UserError("--load 1 reads a transformers directory; name it with --hf_dir")
-        if self.hf_dir and not self.hf_dir.is_dir():
-            raise UserError(f"--hf_dir {self.hf_dir} is no directory; `minimind export hf FOLDER` writes one")
 
 
 @dataclass(frozen=True)
@@ -58,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks is no reason to stop
             stream.reconfigure(errors="replace")
     arguments = argument_parser().parse_args(argv)
-    which, how = part_of(arguments, WhichModel), part_of(arguments, HowItAnswers)
-    tokenizer = Tokenizer.load(which.tokenizer_path or which.hf_dir)
+    which, how = part_of(arguments, AnswerOptions), part_of(arguments, HowItAnswers)
+    notes = sys.stderr if arguments.prompt else sys.stdout
+    path = which.find_weights(notes)
+    tokenizer = which.load_tokenizer()
     session = ChatSession(
         tokenizer,
         history_cnt=how.history_cnt,
@@ -67,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_new_tokens=how.max_new_tokens,
         chat=which.stage != "pretrain",
     )
-    notes = sys.stderr if arguments.prompt else sys.stdout
-    path = which.hf_dir.resolve() if which.hf_dir else which.find_weights(notes)
     model = which.load_model(path, which.adapters, tokenizer)
     check_positions(model.config, "max_seq_len", how.max_seq_len)
     print(description(" + ".join([path.name, *which.adapters]), model), file=notes)
@@ -93,6 +76,6 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     alone = "answer this alone on stdout, and leave; may be repeated"
     parser.add_argument("--prompt", action="append", help=alone)
-    add_flags(parser.add_argument_group("which model"), WhichModel)
+    add_flags(parser.add_argument_group("which model"), AnswerOptions)
     add_flags(parser.add_argument_group("how it answers"), HowItAnswers)
     return parser

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from minimind.chat.options import WEIGHTS
 from minimind.config import PRESETS, ModelConfig
 from minimind.errors import UserError
 from minimind.flags import flag
@@ -120,6 +121,33 @@ class LoadOptions:
             files = [self.out_dir / "lora" / f"{name}_{model.config.name}.pth" for name in adapters]
             load_adapters(model, files, command(SCRIPTS["lora"], shape, self.out_dir), tokenizer)
         return model.to(device).eval()
+
+
+@dataclass(frozen=True)
+class AnswerOptions(LoadOptions):
+    """The flags of the commands that answer with a model: it may be one in a transformers directory too."""
+
+    load: int = flag(0, "0: a .pth file, 1: --hf_dir", choices=(0, 1))
+    hf_dir: Path | None = flag(None, "transformers directory to load, as `minimind export hf` writes it")
+    weights: str = flag("half", "how they are held in memory", choices=WEIGHTS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load == 1 and self.hf_dir is None:
+            raise UserError("--load 1 reads a transformers directory; name it with --hf_dir")
+
+    def find_weights(self, notes: TextIO) -> Path:
+        if self.hf_dir is None:
+            return super().find_weights(notes)
+        if not self.hf_dir.is_dir():
+            raise UserError(f"--hf_dir {self.hf_dir} is no directory; `minimind export hf FOLDER` writes one")
+        return self.hf_dir.resolve()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The one named, or the one in the transformers directory, or the shipped one."""
+        from minimind.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.tokenizer_path or self.hf_dir)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int | bool]:

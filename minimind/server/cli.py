@@ -14,8 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.chat.loading import LoadOptions, check_positions, description
-from minimind.chat.options import WEIGHTS
+from minimind.chat.loading import AnswerOptions, check_positions, description
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 
@@ -30,14 +29,13 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True)
-class ServeOptions(LoadOptions):
+class ServeOptions(AnswerOptions):
     host: str = flag("127.0.0.1", "address to listen at; any but this machine's own needs a key")
     port: int = flag(8000, "port to listen at; 0: any that is free")
     api_key: str | None = flag(None, f"key that clients must send; {KEY} in the environment hides it better")
     lora_name: tuple[str, ...] = flag(
         (), "adapters to serve too, each with the weights alone, as the models minimind:NAME"
     )
-    weights: str = flag("half", "how weights are held in memory", choices=WEIGHTS)
     rows: int = flag(16, "answers that are written at once, of each model")
     queue: int = flag(64, "answers that may wait beyond them; then clients are told to come again (429)")
     max_length: int = flag(2048, "tokens of a prompt and its answer together")
@@ -63,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         minimind serve                                            out/full_sft_512.pth, on this machine alone
         minimind serve --model_mode 3 --port 9000                 a reasoning model at another port
+        minimind serve --load 1 --hf_dir FOLDER                   a model in a transformers directory
     """
     options = parse_flags(ServeOptions, argv, inspect.getdoc(main))
     for package in NEEDED:
@@ -114,10 +113,9 @@ def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> in
     """Load the models and answer until a signal comes. Returns the exit code: 1 if an engine broke."""
     from minimind.server.app import Service, create_app
     from minimind.server.connection import Server
-    from minimind.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(options.tokenizer_path)
     path = options.find_weights(sys.stdout)
+    tokenizer = options.load_tokenizer()
     models = load_models(path, options, tokenizer)
 
     def stop() -> None:

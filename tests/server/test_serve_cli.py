@@ -15,16 +15,18 @@ import pytest
 import torch
 from chat.models import random_model
 
+from minimind import cli as minimind
 from minimind.chat.generate import generate
+from minimind.chat.inference import InferenceModel
 from minimind.chat.options import SamplingOptions
 from minimind.cli import COMMANDS
 from minimind.errors import UserError
 from minimind.lora import attach, save_lora
 from minimind.paths import ROOT
 from minimind.server import cli
-from minimind.weights import save_weights
+from minimind.weights import load_model, save_weights
 
-from .live import ASK, CHAT, CONFIG, TOKENIZER, chat_ids, eventually
+from .live import ASK, CHAT, CONFIG, TOKENIZER, chat_ids, eventually, shown
 
 SERVE = ("-m", "minimind", "serve")
 BROKEN = """
@@ -96,6 +98,20 @@ def test_each_adapter_is_added_alone(out):
     sampling = SamplingOptions(temperature=0, max_new_tokens=20)
     answers = [tuple(generate(m.engine.model, chat_ids(ASK), sampling)) for m in models]
     assert len(set(answers)) == 3
+
+
+def test_a_transformers_directory_is_served(out, serve, tmp_path):
+    folder = tmp_path / "hf"
+    shape = ("--hidden_size", "64", "--num_hidden_layers", "2", "--dtype", "float32")
+    assert minimind.main(["export", "hf", str(folder), "--out_dir", str(out), *shape]) == 0
+    assert cli.ServeOptions(hf_dir=folder).load_tokenizer().path == folder
+    chosen = ("--load", "1", "--hf_dir", str(folder), "--out_dir", str(tmp_path), "--weights", "fp32")
+    _, url = serve(*chosen)
+    greedy = {"messages": ASK, "temperature": 0, "repetition_penalty": 1, "max_tokens": 20}
+    answer = httpx.post(url + CHAT, json=greedy, timeout=30).json()["choices"][0]["message"]["content"]
+    model = InferenceModel(load_model(out / "full_sft_64.pth", "…"), "fp32")
+    sampling = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=20)
+    assert answer == shown(generate(model, chat_ids(ASK), sampling))
 
 
 def stream_text(url: str, **more) -> str:
@@ -195,6 +211,9 @@ def test_others_may_ask_only_with_a_key(host, monkeypatch):
         (["--max_length", "100000"], "--max_length 100000 is more than the 32768 positions"),
         (["--rows", "4096", "--max_length", "32768"], "lower --rows or --max_length"),
         (["--lora_name", "poems"], "no adapter at"),
+        (["--load", "1"], "--load 1 reads a transformers directory; name it with --hf_dir"),
+        (["--hf_dir", "/tmp/no such folder"], "is no directory; `minimind export hf FOLDER` writes one"),
+        (["--hf_dir", "tests/server"], "tests/server/tokenizer.json"),
         (["--model_mode", "2"], "make them with: python trainer/train_dpo.py"),
     ],
 )
