@@ -63,15 +63,17 @@ class Answer:
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def chunks(self) -> Iterator[dict[str, Any]]:
+    def chunks(self, continues: bool = False) -> Iterator[dict[str, Any]]:
+        """Args: continues: a text, by /v1/completions."""
         pieces = [{"reasoning_content": text} for text in self.thinking]
         pieces += [{"content": text} for text in self.content]
-        yield delta({"role": "assistant", "content": ""})
+        if not continues:
+            yield delta({"role": "assistant", "content": ""})
         for index, piece in enumerate(pieces):
             time.sleep(self.pause)
             if self.hold and index == len(pieces) - 1:
                 self.hold.wait(30)
-            yield delta(piece)
+            yield text_chunk(piece["content"]) if continues else delta(piece)
         if self.finish:
             yield delta({}, self.finish)
             total = self.prompt + len(pieces)
@@ -85,6 +87,11 @@ def delta(change: dict[str, str], finish: str | None = None) -> dict[str, Any]:
     return {**head, "choices": [choice]}
 
 
+def text_chunk(text: str) -> dict[str, Any]:
+    choice = {"index": 0, "text": text, "finish_reason": None}
+    return {**delta({}), "object": "text_completion", "choices": [choice]}
+
+
 class Stub:
     """The server, in threads of this process. Tests set `answers`; the last one is given again and again."""
 
@@ -92,7 +99,7 @@ class Stub:
         self.answers = [Answer()]
         self.models = MODELS
         self.key: str | None = None
-        self.requests: list[dict[str, Any]] = []  # bodies of /v1/chat/completions
+        self.requests: list[dict[str, Any]] = []  # bodies of /v1/chat/completions and /v1/completions
         self.left = Event()  # set when a client goes away before the end of an answer
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("", (Handler,), {"stub": self}))
         self.server.daemon_threads = True
@@ -147,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         if answer.raw is not None:
             self.wfile.write(answer.raw)
             return
-        for chunk in answer.chunks():
+        for chunk in answer.chunks(self.path == "/v1/completions"):
             self.wfile.write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
         if answer.finish:
             self.wfile.write(b"data: [DONE]\n\n")

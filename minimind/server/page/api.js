@@ -34,13 +34,14 @@ export class Api {
   }
 
   /**
-   * Ask for an answer; yields `{reasoning}`, `{content}`, `{finish}` and `{usage}` as they come.
+   * Ask for an answer to `body.messages`, or for what follows `body.prompt`; yields `{reasoning}`, `{content}`,
+   * `{finish}` and `{usage}` as they come.
    * Raises: ApiError, and AbortError when `signal` ends it.
    */
   async *stream(body, signal) {
     const whole = { ...body, stream: true, stream_options: { include_usage: true } };
     const init = { method: "POST", body: JSON.stringify(whole), signal };
-    const response = await this.request("v1/chat/completions", init);
+    const response = await this.request("prompt" in body ? "v1/completions" : "v1/chat/completions", init);
     if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
       throw new ApiError("failed", errorMessage(await jsonOf(response)) || "no event stream");
     }
@@ -51,7 +52,7 @@ export class Api {
       if (chunk === null) throw new ApiError("broken");
       if (chunk.error) throw new ApiError("failed", errorMessage(chunk));
       const choice = chunk.choices?.[0];
-      const { reasoning_content: reasoning, content } = choice?.delta ?? {};
+      const { reasoning_content: reasoning, content = choice?.text } = choice?.delta ?? {};
       if (reasoning && typeof reasoning === "string") yield { reasoning };
       if (content && typeof content === "string") yield { content };
       if (choice?.finish_reason) yield { finish: String(choice.finish_reason) };

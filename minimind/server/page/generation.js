@@ -14,7 +14,9 @@ export class Generation {
     this.message = message;
     this.abort = new AbortController();
     this.model = model?.id ?? BASE;
-    this.turns = turnsOf(conversation.messages.slice(0, -1));
+    this.continues = model?.minimind?.stage === "pretrain"; // a text: it knows no turns
+    const said = conversation.messages.slice(0, -1);
+    this.turns = turnsOf(this.continues ? said.slice(-1) : said);
     message.most = model?.minimind?.max_length;
     message.leftOut = 0;
     this.fit(conversation);
@@ -48,8 +50,10 @@ export class Generation {
 
   /** Whether the answer came; if not, the conversation was too long, and is now shorter. */
   async ask(onChange) {
-    const body = { model: this.model, messages: this.prompt(), ...requestFields() };
-    this.message.characters = charactersOf(body.messages);
+    const messages = this.prompt();
+    const asked = this.continues ? { prompt: messages[0].content } : { messages };
+    const body = { model: this.model, ...asked, ...requestFields() };
+    this.message.characters = charactersOf(messages);
     try {
       for await (const event of this.api.stream(body, this.abort.signal)) {
         this.take(event);
@@ -95,7 +99,7 @@ export class Generation {
   }
 
   prompt() {
-    const system = setting("system").trim() ? [{ role: "system", content: setting("system") }] : [];
+    const system = setting("system").trim() && !this.continues ? [{ role: "system", content: setting("system") }] : [];
     return [...system, ...this.turns.flat()];
   }
 

@@ -24,12 +24,16 @@ export function number(value, digits = 0) {
   return value.toLocaleString(document.documentElement.lang, { maximumFractionDigits: digits });
 }
 
-/** Put words where the static page asks for them: data-text, data-label (also on hovering), data-placeholder. */
-export function translate(root) {
-  for (const node of root.querySelectorAll("[data-text]")) node.textContent = t(node.dataset.text);
+/**
+ * Put words where the static page asks for them: data-text, data-label (also on hovering), data-placeholder.
+ * Some are others where the model is of a certain `stage`.
+ */
+export function translate(root, stage) {
+  const words = (key) => t(hasText(`${key}_${stage}`) ? `${key}_${stage}` : key);
+  for (const node of root.querySelectorAll("[data-text]")) node.textContent = words(node.dataset.text);
   for (const node of root.querySelectorAll("[data-label]")) {
     node.setAttribute("aria-label", t(node.dataset.label));
     if (node.nodeName === "BUTTON") node.title = t(node.dataset.label);
   }
-  for (const node of root.querySelectorAll("[data-placeholder]")) node.placeholder = t(node.dataset.placeholder);
+  for (const node of root.querySelectorAll("[data-placeholder]")) node.placeholder = words(node.dataset.placeholder);
 }

@@ -65,9 +65,15 @@ function onNoModels(error) {
   showBanner("models", `${t("error_models")} ${errorText(error)}`, t("retry"), loadModels);
 }
 
-function loadModels() {
+async function loadModels() {
   hideBanner("models");
-  return models.load();
+  await models.load();
+  showStage();
+}
+
+/** A pretrained model is asked for other things than one that answers. */
+function showStage() {
+  translate(document, models.current?.minimind?.stage);
 }
 
 function newChat() {
@@ -81,7 +87,7 @@ function focusComposer() {
 }
 
 function showWords() {
-  translate(document);
+  showStage();
   composer.show(Boolean(chat.generation));
   models.show();
   panel.translate();
@@ -93,6 +99,7 @@ for (const node of document.querySelectorAll("[data-icon]")) node.append(icon(no
 onClick(".new-chat", newChat);
 onClick(".bar-new", newChat);
 onClick(".open-settings", () => panel.open());
+find(".model").addEventListener("change", showStage);
 onClick(".to-end", () => chat.toEnd());
 onClick(".examples", ({ target }) => target.matches("button") && chat.send(target.textContent));
 keyDialog.querySelector(".cancel").addEventListener("click", () => keyDialog.close());
