@@ -2,59 +2,86 @@
 
 from __future__ import annotations
 
-import argparse
-import gzip
 import inspect
 import itertools
 import json
 import math
 import time
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minimind.chat_template import CHAT_TEMPLATE
+from minimind.data.records import (
+    KINDS,
+    AskedKind,
+    BadRecord,
+    InvalidLine,
+    OnBadRecord,
+    decode_text,
+    kind_of,
+    no_records,
+    read_lines,
+    read_records,
+    text_of,
+)
 from minimind.errors import UserError
-from minimind.flags import parser_settings
-from minimind.tokenizer import CONTROL_TOKENS, TRANSFORMERS_CONFIG, WORD, Tokenizer, replace_surrogates
+from minimind.files import check_writable, write_text
+from minimind.flags import REQUIRED, flag, parse_flags
+from minimind.paths import OUT_DIR
+from minimind.tokenizer import CONTROL_TOKENS, TRANSFORMERS_CONFIG, WORD, Tokenizer
 
 MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + 256
 
 
-def train_tokenizer(
-    files: Sequence[str | Path],
-    vocab_size: int = 6400,
-    out_dir: str | Path = "out/tokenizer",
-    max_mb: float = 50,
-) -> Tokenizer:
+@dataclass(frozen=True)
+class TokenizerOptions:
+    files: tuple[Path, ...] = flag(
+        REQUIRED, ".jsonl or .txt, plain or .gz; given twice weighs twice", positional=True
+    )
+    vocab_size: int = flag(6400, f"entries, at least {MIN_VOCAB_SIZE}: 3 control tokens and 256 bytes")
+    out_dir: Path = flag(OUT_DIR / "tokenizer", "folder of the tokenizer; one that is there is replaced")
+    max_mb: float = flag(50.0, "sample the files down to about this many megabytes of text")
+    kind: AskedKind = flag("auto", "what records are; auto is told from a file's first", choices=KINDS)
+    on_bad_record: OnBadRecord = flag("stop", "what to do about a broken record", choices=("stop", "skip"))
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f"--vocab_size {self.vocab_size} is too small: 3 control tokens and 256 bytes need "
+                f"{MIN_VOCAB_SIZE}"
+            )
+        if not 1e-3 <= self.max_mb < math.inf:  # refuses NaN too
+            raise UserError(f"--max_mb {self.max_mb:g} leaves nothing to train on: give a positive number")
+
+    def texts(self, path: Path, bad_records: list[BadRecord] | None = None) -> Iterator[str]:
+        """What one of the files says; see `read_texts`."""
+        return read_texts(path, self.kind, self.on_bad_record, bad_records)
+
+
+def train_tokenizer(options: TokenizerOptions, bad_records: list[BadRecord] | None = None) -> Tokenizer:
     """Train a byte-level BPE on text files and write a directory that `Tokenizer.load` and transformers read.
 
-    Args:
-        files: `.txt` (one text a line) or `.jsonl` in any of the project's formats, gzipped or not. A file
-            that is given twice weighs twice.
-        vocab_size: entries, the 3 control tokens and 256 bytes included. A tiny corpus may give fewer.
-        out_dir: created if it is missing; its tokenizer files are replaced.
-        max_mb: read only every k-th record when the files hold more than this many megabytes of text, because
-            memory and time grow with the number of different words: 50 MB of Chinese take 3 GB and about 80
-            CPU-seconds, and are plenty for 6,400 entries.
+    It reads only every k-th record when the files hold more than `max_mb` of text, because memory and time
+    grow with the number of different words: 50 MB of Chinese take 3 GB and about 80 CPU-seconds, and are
+    plenty for 6,400 entries. A tiny corpus may give fewer than `vocab_size`.
 
-    The result depends on nothing but the arguments and the files. Records are streamed.
+    The result depends on nothing but the options and the files. Records are streamed.
 
+    Args: bad_records: takes those that were left out.
     Raises:
-        UserError: a file is missing, empty or malformed, or `vocab_size` is below 259, or
-            `out_dir` cannot be written.
+        UserError: a file is missing, empty or malformed, or `out_dir` cannot be written.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size {vocab_size} is too small: 3 control tokens and 256 bytes need {MIN_VOCAB_SIZE}"
-        )
-    paths = [Path(file) for file in files]
-    stride = _stride(paths, max_mb)
-    _make_directory(Path(out_dir))  # before the long work, not after it
-    texts = (text for path in paths for text in itertools.islice(read_texts(path), 0, None, stride))
+    stride = _stride(options)
+    check_writable(options.out_dir)  # before the long work, not after it
+    texts = (
+        text
+        for path in options.files
+        for text in itertools.islice(options.texts(path, bad_records), 0, None, stride)
+    )
 
     vocabulary = tokenizers.Tokenizer(models.BPE())
     vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,75 +92,73 @@ def train_tokenizer(
     )
     vocabulary.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=options.vocab_size,
         special_tokens=list(CONTROL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     vocabulary.train_from_iterator(texts, trainer)
-    return _write_tokenizer(vocabulary, Path(out_dir))
+    return _write_tokenizer(vocabulary, options.out_dir)
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a training file: each line of a `.txt`; a record's "text" or all its message contents.
+def read_texts(
+    path: Path,
+    kind: AskedKind = "auto",
+    on_bad_record: OnBadRecord = "stop",
+    bad_records: list[BadRecord] | None = None,
+) -> Iterator[str]:
+    """The texts of a training file: each line of a `.txt`, else all that each record says.
 
+    Args: on_bad_record and bad_records: see `read_records`.
     Raises:
-        UserError: the file cannot be read, or a line is not a record; the message names the line.
+        UserError: the file cannot be read, holds nothing, or a line is not a record, which is named.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
-    is_jsonl = ".jsonl" in path.suffixes
+    if ".txt" in path.suffixes:
+        yield from _plain_texts(path, on_bad_record, bad_records)
+        return
+    records = read_records(path, kind_of(path, kind), on_bad_record=on_bad_record, bad_records=bad_records)
+    for _, record in records:
+        yield text_of(record)
+
+
+def _plain_texts(
+    path: Path, on_bad_record: OnBadRecord, bad_records: list[BadRecord] | None
+) -> Iterator[str]:
+    empty = True
+    for item in read_lines(path):
+        text = item if isinstance(item, BadRecord) else _plain_text(path, *item)
+        if isinstance(text, str):
+            yield text
+            empty = False
+        elif on_bad_record == "stop" and not text.used:
+            raise text.stop()
+        elif bad_records is not None:
+            bad_records.append(text)
+    if empty:
+        raise no_records(path)
+
+
+def _plain_text(path: Path, number: int, line: bytes) -> str | BadRecord:
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record_text(line, f"{path}:{number}") if is_jsonl else line
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}. Give .jsonl or .txt files in UTF-8.") from None
+        return decode_text(line).rstrip("\r")
+    except InvalidLine as error:
+        return BadRecord(str(path), number, error.field, error.reason)
 
 
-def _record_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-        if "text" in record:
-            return replace_surrogates(record["text"])
-        keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
-        text = "\n".join(message["content"] for key in keys for message in record[key])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{where} is not a record that training reads ({error!r}); see dataset/README.md"
-        ) from None
-    if not keys:
-        raise UserError(
-            f'{where} has no "text", "conversations", "chosen" or "rejected"; see dataset/README.md'
-        )
-    return replace_surrogates(text)
-
-
-def _stride(paths: Sequence[Path], max_mb: float) -> int:
+def _stride(options: TokenizerOptions) -> int:
     """k, such that every k-th record is about `max_mb` of text in all. Gzip shrinks text to about 2/5."""
-    if not 1e-3 <= max_mb < math.inf:  # refuses NaN too
-        raise UserError(f"--max_mb {max_mb:g} leaves nothing to train on: give a positive number")
     megabytes = 0.0
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: give .jsonl or .txt files to train on")
-        if next(read_texts(path), None) is None:
-            raise UserError(f"{path} is empty: give files with text to train on")
+    for path in options.files:
+        next(options.texts(path))  # what cannot be read is said before the long work
         megabytes += path.stat().st_size / 1e6 * (2.5 if path.suffix == ".gz" else 1)
-    return max(1, math.ceil(megabytes / max_mb))
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path} ({error.strerror}): give another --out_dir") from None
+    return max(1, math.ceil(megabytes / options.max_mb))
 
 
 def _write_tokenizer(vocabulary: tokenizers.Tokenizer, out_dir: Path) -> Tokenizer:
-    vocabulary.save(str(out_dir / "tokenizer.json"))
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(TRANSFORMERS_CONFIG, indent=2) + "\n")
-    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    """The vocabulary last: the other files are the same for all, so a folder that has it is whole."""
+    write_text(out_dir / "tokenizer_config.json", json.dumps(TRANSFORMERS_CONFIG, indent=2) + "\n")
+    write_text(out_dir / "chat_template.jinja", CHAT_TEMPLATE)
+    write_text(out_dir / "tokenizer.json", vocabulary.to_str(pretty=True))
     return Tokenizer.load(out_dir)
 
 
@@ -144,23 +169,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         minimind tokenizer dataset/pretrain_hq.jsonl --vocab_size 6400 --out_dir out/tokenizer
     """
-    parser = argparse.ArgumentParser(**parser_settings(inspect.getdoc(main)))
-    parser.add_argument(
-        "files", nargs="+", type=Path, help=".jsonl or .txt, optionally .gz; given twice weighs twice"
-    )
-    parser.add_argument("--vocab_size", type=int, default=6400)
-    parser.add_argument("--out_dir", default="out/tokenizer")
-    parser.add_argument(
-        "--max_mb", type=float, default=50, help="sample the files down to about this much text"
-    )
-    args = parser.parse_args(argv)
-
-    print(f"training a tokenizer of {args.vocab_size:,} entries on {len(args.files)} file(s)", flush=True)
+    options = parse_flags(TokenizerOptions, argv, inspect.getdoc(main))
+    files = f"{len(options.files)} file(s)"
+    print(f"training a tokenizer of {options.vocab_size:,} entries on {files}", flush=True)
     start = time.perf_counter()
-    tokenizer = train_tokenizer(args.files, args.vocab_size, args.out_dir, args.max_mb)
+    bad_records: list[BadRecord] = []
+    tokenizer = train_tokenizer(options, bad_records)
     seconds = time.perf_counter() - start
-    sample = [text for file in args.files for text in itertools.islice(read_texts(Path(file)), 500)]
+    left_out = [bad for bad in bad_records if not bad.used]
+    if left_out:
+        print(f"{len(left_out):,} bad records left out; the first: {left_out[0]}")
+    sample = [text for path in options.files for text in itertools.islice(options.texts(path), 500)]
     ratio = sum(map(len, sample)) / sum(map(len, tokenizer.encode_batch(sample)))
     entries = f"{tokenizer.vocab_size:,} entries"
-    print(f"wrote {args.out_dir}: {entries}, {ratio:.3f} characters per token, {seconds:.0f} s")
+    print(f"wrote {options.out_dir}: {entries}, {ratio:.3f} characters per token, {seconds:.0f} s")
     return 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minimind.bulk_encoding import LONGEST, bulk_encoder
 from minimind.paths import DATASET_DIR, TOKENIZER_DIR
 from minimind.tokenizer import WORD, Tokenizer
-from minimind.tokenizer_training import train_tokenizer
+from minimind.tokenizer_training import TokenizerOptions, train_tokenizer
 
 TOKENIZER = Tokenizer.load()
 SOURCE = (TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def test_every_character_between_words():
 def test_a_tokenizer_of_ones_own_has_one(tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("白日依山尽，黄河入海流。The quick brown fox 123\n" * 200, encoding="utf-8")
-    own = train_tokenizer([texts], 300, tmp_path / "own")
+    own = train_tokenizer(TokenizerOptions((texts,), 300, tmp_path / "own"))
     assert own._bulk_encoder is not None
     sample = ["黄河 The fox, 白日12", "什么？"]
     assert own.encode_batch(sample) == [own.encode(text) for text in sample]

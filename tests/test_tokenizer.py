@@ -1,5 +1,6 @@
 """The tokenizer: nothing is lost, text never becomes control tokens, masks, streaming, training."""
 
+import errno
 import gzip
 import json
 import pickle
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from minimind.errors import UserError
 from minimind.paths import ROOT, TOKENIZER_DIR
 from minimind.tokenizer import CONTROL_TOKENS, TOKENIZER_FILES, StreamDecoder, Tokenizer
-from minimind.tokenizer_training import main, read_texts, train_tokenizer
+from minimind.tokenizer_training import TokenizerOptions, main, read_texts, train_tokenizer
 
 SHARED = ROOT.parent / "shared" / "data"
 MINIMIND2 = SHARED / "minimind2_tokenizer"
@@ -240,15 +241,24 @@ def corpus(tmp_path):
         json.dumps({"text": "今天天气很好，the weather is fine. " * 9}) + "\n\n"
     )
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write(
-            json.dumps({"conversations": chat}) + "\n" + json.dumps({"chosen": chat, "rejected": chat}) + "\n"
-        )
-    (tmp_path / "c.txt").write_text("plain words and more plain words\n", encoding="utf-8")
-    return [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
+        file.write(json.dumps({"conversations": chat}) + "\n")
+    worse = [chat[0], {"role": "assistant", "content": "不知道。"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"chosen": chat, "rejected": worse}) + "\n")
+    (tmp_path / "d.txt").write_text("plain words and more plain words\r\n", encoding="utf-8-sig")
+    return tuple(tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl", "d.txt"))
+
+
+def test_what_training_reads_of_each_kind_of_file(corpus):
+    assert [text for path in corpus for text in read_texts(path)] == [
+        "今天天气很好，the weather is fine. " * 9,
+        "今天天气怎么样？\n今天天气很好。",
+        "今天天气怎么样？\n今天天气很好。\n不知道。",
+        "plain words and more plain words",
+    ]
 
 
 def test_train_command(corpus, tmp_path, capsys):
-    main([*corpus, "--vocab_size", "300", "--out_dir", str(tmp_path / "out")])
+    main([*map(str, corpus), "--vocab_size", "300", "--out_dir", str(tmp_path / "out")])
     out = capsys.readouterr().out
     assert "300 entries" in out
     assert "characters per token" in out
@@ -259,52 +269,78 @@ def test_train_command(corpus, tmp_path, capsys):
 
 
 def test_training_is_deterministic(corpus, tmp_path):
-    once, again = (train_tokenizer(corpus, 320, tmp_path / name) for name in ("x", "y"))
+    once, again = (train_tokenizer(TokenizerOptions(corpus, 320, tmp_path / name)) for name in ("x", "y"))
     assert once.fingerprint == again.fingerprint
 
 
 def test_training_reads_every_kth_record_of_a_large_file(tmp_path, monkeypatch):
     (tmp_path / "big.txt").write_text("".join(f"{'even' if i % 2 == 0 else 'wxyz'}\n" for i in range(1000)))
-    trained = train_tokenizer([tmp_path / "big.txt"], 262, tmp_path / "out", max_mb=0.0025)
+    trained = train_tokenizer(TokenizerOptions((tmp_path / "big.txt",), 262, tmp_path / "out", max_mb=0.0025))
     assert b"even" in trained.token_bytes
     assert b"wx" not in trained.token_bytes
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (None, "does not exist"),
-        (b"", "empty"),
-        (b'{"text": "a"}\n{"txt": "b"}\n', r"file\.jsonl:2 has no"),
-        (b"not json\n", r"file\.jsonl:1 is not a record"),
-        (b'{"text": 3}\n', r"file\.jsonl:1"),
-        (b"[]\n", r"file\.jsonl:1"),
-        (b'{"text": "\xff"}\n', "cannot read"),
+        ("a.jsonl", None, "no such file"),
+        ("a.jsonl", b"", "no usable record"),
+        ("a.txt", b"\n \n", "no usable record"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: text: missing"),
+        ("a.jsonl", b'{"txt": "b"}\n', "no field text, conversations or chosen"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a\.jsonl:2: line: broken JSON.*\n.*--on_bad_record skip"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: text: expected `str`"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "no usable record"),
+        ("a.txt", b"a\n\xff\n", r"a\.txt:2: line: byte 1 of the line \(0xff\) is not UTF-8"),
+        ("a.txt", b"a" * (3 << 20), r"a\.txt:1: line: longer than 2 MiB"),
+        ("a.txt.gz", gzip.compress(b"a\n" * 99)[:-9], "damaged gzip data"),
     ],
 )
-def test_training_errors(tmp_path, content, message):
-    file = tmp_path / "file.jsonl"
+def test_training_errors(tmp_path, name, content, message):
+    file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        train_tokenizer([file], 300, tmp_path / "out")
+        train_tokenizer(TokenizerOptions((file,), 300, tmp_path / "out"))
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_impossible_arguments_are_refused(corpus, tmp_path):
+def test_training_goes_on_without_bad_records(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n{"text": "春天"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\nwords\n")
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
+    main([*files, "--on_bad_record", "skip", "--vocab_size", "300", "--out_dir", str(tmp_path / "out")])
+    assert f"2 bad records left out; the first: {files[0]}:1: text: expected" in capsys.readouterr().out
+    assert Tokenizer.load(tmp_path / "out").vocab_size > 259
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_one_before(corpus, tmp_path, monkeypatch):
+    before = train_tokenizer(TokenizerOptions(corpus, 280, tmp_path / "out"))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"could not write .*: No space left on device"):
+        train_tokenizer(TokenizerOptions(corpus, 300, tmp_path / "out"))
+    assert Tokenizer.load(tmp_path / "out").fingerprint == before.fingerprint
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_impossible_arguments_are_refused(corpus):
     with pytest.raises(UserError, match="259"):
-        train_tokenizer(corpus, 258, tmp_path / "out")
+        TokenizerOptions(corpus, 258)
     with pytest.raises(UserError, match="--max_mb 0"):
-        train_tokenizer(corpus, 300, tmp_path / "out", max_mb=0)
-    with pytest.raises(UserError, match="another --out_dir"):
-        train_tokenizer(corpus, 300, corpus[0])
+        TokenizerOptions(corpus, max_mb=0)
+    with pytest.raises(UserError, match=r"--out_dir .*a\.jsonl cannot be written to"):
+        train_tokenizer(TokenizerOptions(corpus, 300, corpus[0]))
 
 
 def test_command_line_errors_are_one_sentence():
     command = [sys.executable, "-m", "minimind", "tokenizer", "missing.jsonl"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
-    assert run.stderr.startswith("error: missing.jsonl does not exist")
+    assert run.stderr.startswith("error: missing.jsonl: no such file")
     assert "Traceback" not in run.stderr
 
 

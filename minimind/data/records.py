@@ -240,16 +240,22 @@ def parsed_blocks(path: str | Path, kind: Kind) -> Iterator[tuple[list[tuple[int
         yield ([], [block]) if isinstance(block, BadRecord) else parse_block(block, kind, str(path))
 
 
-def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The JSON of a line as `decoder` has it. Raises `InvalidLine`."""
+def decode_text(line: bytes) -> str:
+    """A line as text. Raises `InvalidLine`."""
     if len(line) > MAX_LINE_BYTES:
         raise InvalidLine("line", TOO_LONG)
     try:
-        line.decode()  # msgspec does not look into the fields that it passes over
-        return decoder.decode(line)
+        return line.decode()
     except UnicodeDecodeError as error:
         place = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8"
         raise InvalidLine("line", f"{place}; convert the file: iconv -f GB18030 -t UTF-8") from None
+
+
+def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The JSON of a line as `decoder` has it. Raises `InvalidLine`."""
+    decode_text(line)  # msgspec does not look into the fields that it passes over
+    try:
+        return decoder.decode(line)
     except msgspec.ValidationError as error:
         raise wrong_field(str(error)) from None
     except (msgspec.DecodeError, RecursionError) as error:
