@@ -168,12 +168,12 @@ def measure(stage: Stage, options: Any) -> int:
 
 def measured_rates(trainer: Trainer) -> Rates:
     """Do a few steps, an evaluation and a save of a run that has just been built."""
-    from minimind.data.batches import prefetch
+    from minimind.data.batches import PairDataset, prefetch
     from minimind.train.signals import StopSignals
 
     trainer.peak_rate = 1.0  # nobody reads the MFU
-    if trainer.objective.scores_first:
-        trainer.data.reference.zero_()  # type: ignore[attr-defined]  # of pairs; any score will do
+    if isinstance(trainer.data, PairDataset):
+        trainer.data.reference.zero_()  # any score will do
     seconds, tokens = [], []
     with closing(prefetch(trainer.step_batches(0))) as steps:
         last = time.perf_counter()

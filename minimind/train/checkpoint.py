@@ -68,7 +68,8 @@ class CheckpointWriter:
         if self.parallel.sharded:
             self.parallel.barrier()
             shards = dcp.async_save(tensors, checkpoint_id=path, process_group=self.parallel.cpu_group)
-            self.writing = self.thread.submit(self.write, path, state, shards)  # type: ignore[arg-type]
+            assert isinstance(shards, Future)  # an AsyncSaveResponse is for those who ask to stage
+            self.writing = self.thread.submit(self.write, path, state, shards)
         elif self.parallel.is_main:
             whole = state | tree_map_only(torch.Tensor, on_cpu, tensors)
             self.writing = self.thread.submit(self.write, path, whole, None, lambda: then(whole))

@@ -36,7 +36,7 @@ def load_datasets(
             path,
             kind,
             tokenizer,
-            on_bad_record=options.on_bad_record,  # type: ignore[arg-type]  # one of its choices
+            on_bad_record=options.on_bad_record,
             num_workers=options.num_workers,
             progress=progress,
         )

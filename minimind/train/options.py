@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from minimind.config import PRESETS, ModelConfig
+from minimind.data.records import OnBadRecord
 from minimind.errors import UserError
 from minimind.flags import WORD, flag
 from minimind.paths import OUT_DIR
@@ -27,7 +28,7 @@ class TrainOptions:
     eval_path: Path | None = flag(None, "JSONL file to evaluate on; without it 1% of data_path is held out")
     out_dir: Path = flag(OUT_DIR, "folder of the weight files and of runs/")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
-    on_bad_record: str = flag("stop", "what to do about a broken record", choices=("stop", "skip"))
+    on_bad_record: OnBadRecord = flag("stop", "what to do about a broken record", choices=("stop", "skip"))
 
     # Model
     preset: str | None = flag(None, "published model size", choices=tuple(PRESETS))
