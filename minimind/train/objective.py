@@ -7,6 +7,7 @@ and processes does not change the training.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]  # further numbers for the log, each a mean over the units of the batch
 
 
-class Objective:
+class Objective(ABC):
     """What the loop asks of an objective. `loss` has to be written; the rest is for those who need it."""
 
     flops_per_token = 0.0  # spent beside the trained model, by a teacher for instance
@@ -52,9 +53,9 @@ class Objective:
     def load_state_dict(self, state: dict[str, Any], datasets: list[PackedDataset]) -> None:
         """Takes the place of `begin` in a run that is resumed."""
 
+    @abstractmethod
     def loss(self, model: MiniMind, batch: Batch, balance_coef: float) -> Loss:
         """The loss of a batch, to be differentiated; `balance_coef` is for `with_balance`."""
-        raise NotImplementedError
 
     def evaluate(
         self,

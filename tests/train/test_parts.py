@@ -24,6 +24,7 @@ from minimind.paths import DATASET_DIR, OUT_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.sft import SFTOptions
 from minimind.tokenizer import Tokenizer
+from minimind.train.objective import Objective
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.parallel import setup
 
@@ -36,6 +37,14 @@ def test_schedule_warms_up_and_never_exceeds_the_rate():
     assert all(a > b for a, b in pairwise(scales[100:]))
     assert scales[-1] == pytest.approx(0.1)
     assert learning_rate_scale(0, 1, 0) == 1.0
+
+
+def test_an_objective_has_a_loss():
+    class Lossless(Objective):
+        pass
+
+    with pytest.raises(TypeError, match=r"abstract method '?loss"):
+        Lossless()
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
