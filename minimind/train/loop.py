@@ -356,13 +356,14 @@ class Trainer:
                 self.stop(start)
                 return 128 + (signals.received or signal.SIGTERM)
             self.finish_saving()
+            weights = None
             if self.parallel.sharded or self.done == start:  # then what there was to train may lack its file
-                self.save_weights()
+                weights = self.save_weights()
             cost = self.cost()
             self.write_settings(cost=cost.table())
             monitor.say(f"{self.weights_path}: {cost}")
         if self.parallel.is_main:
-            conclude(self)
+            conclude(self, weights)
         return 0
 
     def train_steps(self, signals: StopSignals) -> None:
@@ -621,11 +622,12 @@ class Trainer:
         if self.parallel.any(failure is not None):
             raise failure or UserError("the main process could not write its checkpoint")
 
-    def save_weights(self) -> None:
-        """The weight file alone."""
+    def save_weights(self) -> dict[str, Tensor]:
+        """The weight file alone; returns the engine's `whole_weights`."""
         weights = self.engine.whole_weights()
         if self.parallel.is_main:
             self.stage.save(weights, self.weights_path)
+        return weights
 
     def set_previous_aside(self, checkpoints: Path) -> None:
         """A run started by mistake must not cost the one before it: that moves to `previous/`."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind.chat.questions import BEGINNINGS
 from minimind.errors import UserError
+from minimind.evaluate.run_report import SAMPLES
 from minimind.paths import ROOT
 from minimind.train.checkpoint import list_checkpoints
 from minimind.train.loop import Trainer
@@ -129,6 +131,9 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
     assert_same(alone, train(given, shared, 2, "--parallel=fsdp"), shared)
     folder = shared / "runs" / "pretrain_64" / "checkpoints" / "step_00000020"
     assert len(list(folder.glob("*.distcp"))) == 2
+    said = [json.loads(line) for line in (folder.parents[1] / SAMPLES).read_text().splitlines()]
+    assert [line["prompt"] for line in said] == BEGINNINGS[:4]
+    assert all(line["answer"] for line in said)
 
     for name, start, processes, how in (
         ("one to four", options.out_dir, 4, "ddp"),
