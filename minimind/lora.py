@@ -8,6 +8,8 @@ scale α/r is 1 here and has no other place in the file, as in the adapters that
 from __future__ import annotations
 
 import re
+import sys
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from minimind.errors import UserError
 from minimind.files import atomic_write
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
-from minimind.weights import check_tokenizer, load_state
+from minimind.weights import check_tokenizer, is_weight, load_state
+
+BASE = "minimind.base"  # what `base_sample` goes by in the metadata of a file's state dict
+SAME = 0.01  # relative difference up to which weights count as the same: bf16 rounds by less
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -119,8 +124,22 @@ def lora_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_lora(state: dict[str, Tensor], path: Path) -> None:
-    """Write the adapters in a state dict alone. They are small, so nothing is rounded."""
-    atomic_write(path, lambda file: torch.save(lora_state(state), file))
+    """Write the adapters in a state dict alone. They are small, so nothing is rounded.
+
+    What weights they were trained beside stands in the metadata that every state dict of PyTorch's may have;
+    who does not know of it reads the adapters as always.
+    """
+    adapters = OrderedDict(lora_state(state))
+    vars(adapters)["_metadata"] = {BASE: base_sample(state)}
+    atomic_write(path, lambda file: torch.save(adapters, file))
+
+
+def base_sample(state: dict[str, Tensor]) -> Tensor:
+    """Eight numbers of each matrix beside the adapters of a state dict, by which to know it again, (n,)."""
+    base = (state[name] for name in sorted(state) if ".lora." not in name and state[name].dim() == 2)
+    return torch.cat(
+        [w.detach().flatten()[:: max(1, w.numel() // 8)][:8].to("cpu", torch.float32) for w in base]
+    )
 
 
 def load_adapters(
@@ -134,6 +153,13 @@ def load_adapters(
     Raises: UserError as `read_adapters` does; the model is then as it was.
     """
     states = [read_adapters(path, model, how_to_make, tokenizer) for path in paths]
+    for path in paths:
+        if not is_beside_its_base(load_state(path, how_to_make), model):
+            print(
+                f"note: {path} was trained beside other weights than it is added to here, and may answer "
+                f"worse for it; to train it anew: {how_to_make} --lora_name {adapter_name(path, model)}",
+                file=sys.stderr,
+            )
     names = dict.fromkeys(name for state in states for name in state)
     joined = {
         name: torch.cat(
@@ -143,6 +169,18 @@ def load_adapters(
     }
     insert(model, adapter_ranks(joined))
     model.load_state_dict(joined, strict=False)  # the rest of the model is missing in it
+
+
+def is_beside_its_base(adapters: dict[str, Tensor], model: MiniMind) -> bool:
+    """Whether a file's adapters were trained beside these weights, as far as the file tells: ours do."""
+    metadata = getattr(adapters, "_metadata", None)
+    trained_beside = metadata.get(BASE) if isinstance(metadata, dict) else None
+    if not isinstance(trained_beside, Tensor) or not is_weight(BASE, trained_beside):
+        return True
+    here = base_sample(model.state_dict())
+    if here.shape != trained_beside.shape:
+        return False
+    return bool((here - trained_beside.float()).norm() <= SAME * here.norm())
 
 
 def adapter_ranks(state: dict[str, Tensor]) -> dict[str, int]:
@@ -163,17 +201,22 @@ def read_adapters(
         whole adapters that fit this model, or was trained with another tokenizer.
     """
     if not path.is_file():
-        tail = f"_{model.config.name}.pth"
-        there = ", ".join(sorted(p.name.removesuffix(tail) for p in path.parent.glob(f"*{tail}"))) or "none"
+        files = path.parent.glob(f"*_{model.config.name}.pth")
+        there = ", ".join(sorted(adapter_name(file, model) for file in files)) or "none"
         raise UserError(
             f"there is no adapter at {path} (for this model there are: {there}); make one with: "
-            f"{how_to_make} --lora_name {path.name.removesuffix(tail)}"
+            f"{how_to_make} --lora_name {adapter_name(path, model)}"
         )
     state = {name: tensor.float() for name, tensor in load_state(path, how_to_make).items()}
     check_fits(state, model, path, how_to_make)
     if tokenizer:
         check_tokenizer(path, tokenizer)
     return state
+
+
+def adapter_name(path: Path, model: MiniMind) -> str:
+    """What --lora_name calls the file."""
+    return path.name.removesuffix(f"_{model.config.name}.pth")
 
 
 def check_fits(state: dict[str, Tensor], model: MiniMind, source: Path, how_to_make: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from train.test_loop import stop_after
 
 from minimind.config import ModelConfig
 from minimind.errors import UserError
-from minimind.lora import TARGETS, attach, detach, load_adapters, lora_state, merge, save_lora
+from minimind.lora import BASE, TARGETS, attach, detach, load_adapters, lora_state, merge, save_lora
 from minimind.paths import DATASET_DIR
 from minimind.stages.lora import LoRAOptions, main, stage
 from minimind.tokenizer import Tokenizer
@@ -158,6 +160,48 @@ def test_several_adapters_add_up(tmp_path):
         torch.testing.assert_close(tensor, base[name] + deltas[0][name] + deltas[1][name])
 
 
+def noted(model, path: Path, capsys) -> str:
+    load_adapters(model, [path], MAKE)
+    return capsys.readouterr().err
+
+
+def test_other_base_weights_are_noted(tmp_path, capsys):
+    """The weights of the training, however rounded, are the same; those of another training are not."""
+    path = tmp_path / "a_64.pth"
+    save_lora(adapted().state_dict(), path)
+    assert noted(random_model(SHAPES["dense"]), path, capsys) == ""
+    for dtype in (torch.float16, torch.bfloat16):
+        assert noted(random_model(SHAPES["dense"]).to(dtype).float(), path, capsys) == ""
+    trained_on = random_model(SHAPES["dense"])
+    with torch.no_grad():
+        for parameter in trained_on.parameters():
+            parameter += 0.03 * parameter.std() * torch.randn_like(parameter)
+    for other in (trained_on, random_model(SHAPES["dense"], 1)):
+        said = noted(other, path, capsys)
+        assert said.startswith(f"note: {path} was trained beside other weights than it is added to here")
+        assert said.count("\n") == 1
+        assert f"{MAKE} --lora_name a" in said
+
+
+def test_the_base_is_told_apart_from_the_adapters(tmp_path):
+    """It is no entry of the file: published readers, which go through the entries, see adapters alone."""
+    save_lora(adapted().state_dict(), tmp_path / "a_64.pth")
+    state = torch.load(tmp_path / "a_64.pth", weights_only=True)
+    assert set(state) == set(lora_state(adapted().state_dict()))
+    module = adapted(seed=1)
+    assert not module.load_state_dict(state, strict=False).unexpected_keys
+
+
+@pytest.mark.parametrize(
+    "base", [None, 3, torch.zeros(2), torch.ones(2) > 0, torch.full((5,), float("nan")), "x"]
+)
+def test_what_is_no_record_of_the_base_does_no_harm(tmp_path, base):
+    state = OrderedDict(lora_state(adapted().state_dict()))
+    vars(state)["_metadata"] = {BASE: base} if base is not None else "x"
+    torch.save(state, tmp_path / "a_64.pth")
+    load_adapters(random_model(SHAPES["dense"]), [tmp_path / "a_64.pth"], MAKE)
+
+
 # ---- Files that do not fit ----
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -251,7 +295,7 @@ def options(tmp_path) -> LoRAOptions:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_training_changes_the_adapters_alone(options, use_moe):
+def test_training_changes_the_adapters_alone(options, use_moe, capsys):
     options = replace(options, use_moe=use_moe)
     trainer = run(options, stage(options))
     losses = metrics(trainer)
@@ -270,7 +314,10 @@ def test_training_changes_the_adapters_alone(options, use_moe):
     saved = torch.load(trainer.weights_path, weights_only=True)
     assert saved.keys() == lora_state(trainer.model.state_dict()).keys()
     again = load_model(trainer.started_from, "")
+    capsys.readouterr()
     load_adapters(again, [trainer.weights_path], MAKE, trainer.tokenizer)
+    assert capsys.readouterr().err == ""
+    assert BASE in torch.load(trainer.weights_path)._metadata
     assert all(torch.equal(after[name], tensor) for name, tensor in again.state_dict().items())
 
 

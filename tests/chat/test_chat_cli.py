@@ -348,7 +348,9 @@ def test_adapters_are_named_and_change_the_answer(out, capsys):
     medical = answer_of(capsys, out, "--lora_name", "lora_medical")
     both = answer_of(capsys, out, "--lora_name", "lora_medical", "my_identity")
     assert len({plain.out, medical.out, both.out}) == 3
-    assert both.err.startswith("full_sft_64.pth + lora_medical + my_identity, ")
+    assert "\nfull_sft_64.pth + lora_medical + my_identity, " in both.err
+    assert both.err.count("was trained beside other weights") == 2  # they were made with a model of their own
+    assert "was trained" not in plain.err
 
 
 def test_lora_none_is_the_seeds_word_for_no_adapter(out, capsys):
