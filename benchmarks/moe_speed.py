@@ -31,6 +31,7 @@ from minimind.flags import flag, parse_flags
 from minimind.moe import MoE
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions, stage
+from minimind.train import step as training_step
 
 T = TypeVar("T")
 DENSE, OURS, MASKS = "dense", "moe", "moe, loop with masks"
@@ -130,14 +131,14 @@ def trainer_steps(name: str, options: BenchmarkOptions, folder: Path) -> Callabl
         device="cpu",
     )
     steps = OwnSteps(stage(train_options), train_options)
-    passes, accumulate = [], steps.trainer.accumulate_gradients
+    passes, accumulate = [], training_step.accumulate_gradients
 
     def accumulate_timed(*arguments: object) -> object:
         losses, spent = timed(lambda: accumulate(*arguments))
         passes.append(spent)
         return losses
 
-    steps.trainer.accumulate_gradients = accumulate_timed
+    training_step.accumulate_gradients = accumulate_timed
 
     def step() -> Step:
         tokens, spent = timed(steps.step)

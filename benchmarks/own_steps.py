@@ -11,6 +11,7 @@ from minimind.train.loop import Stage, Trainer
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import setup
 from minimind.train.signals import StopSignals
+from minimind.train.step import optimizer_step
 
 EPOCHS = 1000  # so that a small file does not end before the benchmark
 
@@ -39,7 +40,7 @@ class OwnSteps:
         began = time.perf_counter()
         batches = next(self.batches)
         self.waited = time.perf_counter() - began
-        values = self.trainer.optimizer_step(next(self.numbers), batches, StopSignals())
+        values = optimizer_step(self.trainer, next(self.numbers), batches, StopSignals())
         if values is None:
             raise UserError("not enough memory for a step; choose a smaller --preset or fewer rows")
         self.took = time.perf_counter() - began

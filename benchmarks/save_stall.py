@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minimind.train.loop import Trainer
     from minimind.train.parallel import setup
     from minimind.train.signals import StopSignals
+    from minimind.train.step import optimizer_step
 
     with tempfile.TemporaryDirectory() as folder:
         training = pretrain.PretrainOptions(
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with closing(prefetch(trainer.step_batches(0))) as steps:
             for step, batches in enumerate(steps):
                 began = time.perf_counter()
-                trainer.optimizer_step(step, batches, StopSignals())
+                optimizer_step(trainer, step, batches, StopSignals())
                 seconds = time.perf_counter() - began
                 in_round = step % STEPS_BETWEEN
                 if in_round == STEPS_BETWEEN - 1:

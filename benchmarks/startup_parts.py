@@ -31,14 +31,13 @@ def main() -> None:
 
     timed("import of PyTorch", lambda: __import__("torch"))()
     loop = timed("other imports", import_loop)()
-    trainer = loop.Trainer
     loop.setup = timed("device and processes", loop.setup)
     loop.Tokenizer.load = timed("tokenizer", loop.Tokenizer.load)
-    trainer.initial_model = timed("random weights", trainer.initial_model)
+    loop.initial_model = timed("random weights", loop.initial_model)
     loop.load_datasets = timed("data, from the cache", loop.load_datasets)
     loop.build_engine = timed("optimizer", loop.build_engine)
     loop.matmul_rate = timed("rate of matrix products", loop.matmul_rate)
-    trainer.optimizer_step = timed("first step", trainer.optimizer_step)
+    loop.optimizer_step = timed("first step", loop.optimizer_step)
     loop.Monitor.step = end
 
     from minimind.stages.pretrain import main as pretrain

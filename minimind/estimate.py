@@ -170,6 +170,7 @@ def measured_rates(trainer: Trainer) -> Rates:
     """Do a few steps, an evaluation and a save of a run that has just been built."""
     from minimind.data.batches import PairDataset, prefetch
     from minimind.train.signals import StopSignals
+    from minimind.train.step import optimizer_step
 
     trainer.peak_rate = 1.0  # nobody reads the MFU
     if isinstance(trainer.data, PairDataset):
@@ -178,7 +179,7 @@ def measured_rates(trainer: Trainer) -> Rates:
     with closing(prefetch(trainer.step_batches(0))) as steps:
         last = time.perf_counter()
         for step, batches in enumerate(steps):
-            values = trainer.optimizer_step(step, batches, StopSignals())
+            values = optimizer_step(trainer, step, batches, StopSignals())
             if values is None:
                 raise MemoryError  # the run would take less at once; its figures are wanted
             tokens.append(values["tokens"])

@@ -38,6 +38,7 @@ from minimind.train.monitor import matmul_rate
 from minimind.train.objective import NextToken
 from minimind.train.parallel import Parallel, choose_device, setup
 from minimind.train.signals import StopSignals
+from minimind.train.step import optimizer_step
 
 Check = dict[str, Any]
 BALANCE = 0.1  # coefficient of the experts' balance loss
@@ -230,7 +231,7 @@ def short_training(config: ModelConfig, setting: Setting, device: str) -> tuple[
         trainer = Trainer(Stage("pretrain", data_kind="pretrain"), options, parallel)
         trainer.peak_rate = 1.0
         values = [
-            trainer.optimizer_step(step, batches, StopSignals())["loss"]
+            optimizer_step(trainer, step, batches, StopSignals())["loss"]
             for step, batches in enumerate(trainer.step_batches(0))
         ]
         return trainer.model.cpu(), values

@@ -22,6 +22,7 @@ from minimind.train.cost import peak_memory
 from minimind.train.loop import Trainer
 from minimind.train.parallel import setup
 from minimind.train.signals import StopSignals
+from minimind.train.step import optimizer_step
 
 WARM_UP = 3  # steps; the first ones compile
 EPOCH_TOKENS = 330e6  # of pretrain_hq
@@ -107,7 +108,7 @@ def timed_steps(trainer: Trainer, enough: float) -> tuple[list[float], list[int]
     with closing(prefetch(trainer.step_batches(0))) as steps:
         last = clock(trainer)
         for step, batches in enumerate(steps):
-            values = trainer.optimizer_step(step, batches, StopSignals())
+            values = optimizer_step(trainer, step, batches, StopSignals())
             if values is None:
                 return [], [], 0.0
             now = clock(trainer)

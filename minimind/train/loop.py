@@ -3,6 +3,8 @@
     train(stage, options)
         prepare data → build the model → [resume] → steps → final weights
 
+What comes before the first step is in `start.py`, what one step does in `step.py`.
+
 One optimizer step is `batch_size × accumulation_steps` rows, however many processes share them. Which rows is
 a pure function of (seed, step), the loss is the mean over all target tokens of the step, and a checkpoint
 holds all the rest; so a run that was stopped goes on as if it had not been.
@@ -12,11 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 import shutil
 import signal
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,56 +35,38 @@ from minimind.errors import UserError
 from minimind.evaluate.run_report import REPORT, SAMPLES
 from minimind.files import check_writable, write_text
 from minimind.model import MiniMind
-from minimind.runs import RUN, read_run, run_folder
-from minimind.stages import SCRIPTS, command
+from minimind.runs import RUN, run_folder
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
-from minimind.train.checkpoint import (
-    CheckpointWriter,
-    list_checkpoints,
-    load_state,
-    load_tensors,
-    newest_checkpoint,
-    random_state,
-    set_random_state,
-)
-from minimind.train.compiling import compile_decoder, computes_the_same
+from minimind.train.checkpoint import CheckpointWriter, load_state, random_state
+from minimind.train.compiling import compile_decoder
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import build_engine
 from minimind.train.loggers import RunInfo, check_installed
-from minimind.train.memory import (
-    is_out_of_memory,
-    memory_errors_explained,
-    rows_that_fit,
-    rows_worthwhile,
-)
+from minimind.train.memory import memory_errors_explained, rows_that_fit, rows_worthwhile
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
-from minimind.train.objective import Loss, NextToken, Objective
-from minimind.train.optim import learning_rate_scale
+from minimind.train.objective import NextToken, Objective
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, setup
 from minimind.train.samples import conclude
 from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
 from minimind.train.stability import ROLLBACKS, Stability
+from minimind.train.start import (
+    check_compiled,
+    check_same_as_main,
+    identity,
+    initial_model,
+    last_checkpoint,
+    restore,
+    resume,
+)
+from minimind.train.step import optimizer_step
 from minimind.train.zero_settings import zero_stage
-from minimind.weights import check_tokenizer, load_model, save_state
+from minimind.weights import save_state
 
 EVAL_TOKENS = 32_768  # held-out tokens per evaluation during training; the last one uses all
-
-# Options that decide what a run computes, as do those of a stage's own: a resumed run must have the same.
-FIXED_IN_A_RUN = (
-    "max_seq_len",
-    "epochs",
-    "optimizer",
-    "learning_rate",
-    "warmup_iters",
-    "weight_decay",
-    "grad_clip",
-    "max_steps",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
@@ -160,8 +141,7 @@ class Trainer:
             )
         self.run_id = uuid.uuid4().hex[:8]
         torch.manual_seed(options.seed)
-        self.started_from: Path | None = None
-        self.model = self.initial_model()
+        self.model, self.started_from = initial_model(self)
         if stage.prepare:
             stage.prepare(self.model)
         self.model.to(parallel.device)
@@ -181,7 +161,7 @@ class Trainer:
         self.warmup_steps = min(100, self.total_steps // 20) if warmup is None else warmup
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
 
-        self.check_same_as_main()
+        check_same_as_main(self)
         # Counted before an engine leaves a process with a part of them.
         self.num_parameters = self.model.num_parameters
         self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -189,7 +169,7 @@ class Trainer:
         work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
         self.compiled = compile_decoder(self.model, options.compile, work, parallel)
         if self.compiled and parallel.device.type == "cpu":  # by whatever C++ compiler there is
-            self.check_compiled()
+            check_compiled(self)
         self.engine = build_engine(self.model, options, parallel)
         if options.fits_batch_size:
             fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)
@@ -212,127 +192,10 @@ class Trainer:
     def datasets(self) -> list[PackedDataset]:
         return [self.data, self.held_out] if self.held_out else [self.data]
 
-    # ---- Before the first step ----
-
-    def initial_model(self) -> MiniMind:
-        """Random weights, or those of the stage that comes before this one."""
-        has_checkpoint = self.options.from_resume and list_checkpoints(self.run_dir / "checkpoints")
-        from_weight = self.options.from_weight
-        names = (from_weight,) if from_weight else self.stage.starts_from
-        if names in ((), ("none",)) or has_checkpoint:
-            return MiniMind(self.config)
-        paths = {self.options.out_dir / f"{name}_{self.config.name}.pth": name for name in names}
-        path = next((p for p in paths if p.is_file()), list(paths)[-1])
-        script = SCRIPTS.get(paths[path])
-        if not script and not path.is_file():
-            tail = f"_{self.config.name}.pth"
-            found = sorted(p.name.removesuffix(tail) for p in self.options.out_dir.glob(f"*{tail}"))
-            there = ", ".join(found) or "none of this size"
-            raise UserError(f"--from_weight {from_weight}: there is no {path}; there are: {there}")
-        same = ("preset", "hidden_size", "num_hidden_layers", "use_moe", "tokenizer_path")
-        given = {name: v for name in same if (v := getattr(self.options, name)) not in (None, False)}
-        how_to_make = command(script or "…", given, self.options.out_dir)
-        model = load_model(path, how_to_make, expected=self.config)
-        check_tokenizer(path, self.tokenizer)
-        self.started_from = path
-        return model
-
-    def check_compiled(self) -> None:
-        """Go on without the compiler if what it made is wrong here."""
-        rows = self.shares.rows_at_once
-        if not computes_the_same(self.model, self.data.batch(0, 0, rows, min_rows=rows), self.parallel):
-            self.compiled = False
-            torch.compiler.set_stance("force_eager")
-            self.say("torch.compile's code computes something else on this machine; going on without it")
-
-    def resume(self) -> int:
-        """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
-        folder, before = self.checkpoints.folder, self.run_before()
-        # A launcher that starts a run again gives the flags of the first time.
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        again = self.parallel.from_main(again and before.get("launcher") == os.getppid())
-        if not (self.options.from_resume or again):
-            if list_checkpoints(folder):
-                self.say(
-                    f"starting anew (--from_resume 1 would go on from the checkpoints in {folder}); at the "
-                    f"first save they and their weight file move to {self.run_dir / 'previous'}"
-                )
-            return 0
-        path = self.newest_checkpoint()
-        state = load_state(path) if path else None
-        # A run that was started again before its first save finds the checkpoints of the run before it.
-        others = state and not self.options.from_resume and state["run_id"] != before.get("run_id")
-        if path is None or state is None or others:
-            self.run_id = before.get("run_id", self.run_id)
-            self.say(f"there is no checkpoint of this run in {folder}; starting at the first step")
-            return 0
-        self.check_same_run(state["run"])
-        self.run_id = state["run_id"]
-        self.seconds_before, self.tokens = state["spent"]
-        self.load(path, state)
-        self.say(f"resumed at step {state['step']} of {self.total_steps}")
-        return state["step"]
-
-    def newest_checkpoint(self) -> Path | None:
-        """The main process looks, so that all go on from the same."""
-        main = self.parallel.is_main
-        return self.parallel.from_main(newest_checkpoint(self.checkpoints.folder, self.say) if main else None)
-
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Put everything that training changes back to what it was in a checkpoint."""
-        load_tensors(path, state, self.engine)
-        self.engine.scaler.load_state_dict(state["scaler"])
-        self.stability.load_state_dict(state["stability"])
-        self.objective.load_state_dict(state["objective"], self.datasets())
-        set_random_state(state["random"])
-
-    def run_before(self) -> dict[str, Any]:
-        """The settings of the last run in this folder, which may have been killed before its first save."""
-        return read_run(self.weights_path)
-
-    def identity(self) -> dict[str, Any]:
-        """What makes a run this run: all that decides its results."""
-        shared = {item.name for item in dataclasses.fields(TrainOptions)}
-        own = {item.name for item in dataclasses.fields(self.options)} - shared
-        options = {name: getattr(self.options, name) for name in (*FIXED_IN_A_RUN, *sorted(own))}
-        # Of files the content counts, wherever they are.
-        options = {name: value for name, value in options.items() if not isinstance(value, Path)}
-        data = {
-            "data (its content)": self.data_sha256,
-            "rows to train on": self.data.num_rows,
-            "rows of an optimizer step": self.shares.rows_per_step,
-            "tokenizer": self.tokenizer.fingerprint,
-        }
-        return (
-            options
-            | data
-            | self.objective.identity()
-            | {"dtype": str(self.parallel.dtype)}
-            | dataclasses.asdict(self.config)
-        )
-
-    def check_same_run(self, saved: dict[str, Any]) -> None:
-        changed = differences(saved, self.identity(), ("was", "is"))
-        if changed:
-            raise UserError(
-                f"the checkpoint belongs to another run: {changed}. Give the same flags and data, or start "
-                "anew with --from_resume 0"
-            )
-
-    def check_same_as_main(self) -> None:
-        """Processes on other machines read their own copy of the data, and have their own command line."""
-        own = self.identity()
-        changed = differences(self.parallel.from_main(own), own, ("in process 0 is", "in this one"))
-        if changed:
-            raise UserError(
-                f"process {self.parallel.rank} on {socket.gethostname()} differs: {changed}. Start all "
-                "processes with the same flags and data"
-            )
-
     # ---- Training ----
 
     def run(self) -> int:
-        start = self.done = self.resume()
+        start = self.done = resume(self)
         self.is_new = start == 0
         self.peak_rate = matmul_rate(self.parallel.device, self.parallel.dtype)
         self.monitor = Monitor(
@@ -373,7 +236,7 @@ class Trainer:
         """
         with closing(prefetch(self.step_batches(self.done))) as steps:
             for batches in steps:
-                values = self.optimizer_step(self.done, batches, signals)
+                values = optimizer_step(self, self.done, batches, signals)
                 if values is None:  # out of memory; done again with less at a time
                     return
                 self.done += 1
@@ -410,7 +273,7 @@ class Trainer:
         path = state = None
         if not self.is_new:
             self.finish_saving()
-            path = self.newest_checkpoint()
+            path = last_checkpoint(self)
             state = load_state(path) if path else None
         rollbacks = self.stability.rollbacks + 1
         if path is None or state is None or rollbacks > ROLLBACKS:
@@ -420,7 +283,7 @@ class Trainer:
                 + f"; their records are named above. Mend these in {self.options.data_path}, or start anew "
                 "with a lower --learning_rate" + (". The last good checkpoint is kept" if state else "")
             )
-        self.load(path, state)
+        restore(self, path, state)
         self.stability.rollbacks, self.stability.in_a_row = rollbacks, 0
         self.done = self.saved_at = state["step"]
         self.monitor.go_back(self.done)
@@ -440,123 +303,6 @@ class Trainer:
                 batch = self.data.batch(epoch, rows.start, len(rows), min_rows=fewest)
                 batches.append(batch.pin_memory() if self.parallel.device.type == "cuda" else batch)
             yield batches
-
-    def optimizer_step(
-        self, step: int, batches: list[Batch], signals: StopSignals
-    ) -> dict[str, float] | None:
-        """One update from `batches`; returns what to log, or None when memory ran out: less is to be tried.
-
-        A step that would harm the weights is left out. Raises: Interrupted on a signal, the weights being
-        those before the step.
-        """
-        began = time.perf_counter()
-        self.parallel.beat("counting its tokens", step + 1)
-        own = (
-            sum(b.row_units.sum().item() for b in batches),
-            sum((b.document_ids >= 0).sum().item() for b in batches),
-            signals.received is not None,
-        )
-        units, tokens, asked = self.parallel.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-        if asked:  # in whichever process
-            raise Interrupted
-
-        try:
-            losses = self.accumulate_gradients(batches, units, signals)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            losses = None  # and out of this block, where the error still holds the memory
-        if losses is None:
-            self.take_less_at_once()
-            return None
-        self.parallel.beat("optimizer step")
-        grad_norm, (loss, *means) = self.measured(batches, losses, units)
-        scale = self.stability.rate * learning_rate_scale(step, self.total_steps, self.warmup_steps)
-        # A gradient scaler leaves steps out by itself, until it has found its scale.
-        scaled = self.engine.scaler.is_enabled()
-        objection = self.stability.objection(loss, units, 0.0 if scaled else grad_norm)
-        if objection:
-            self.say(report.left_out(self, step, batches, losses, scale, objection))
-            self.engine.skip()
-        else:
-            self.engine.step(scale)
-
-        rate = tokens / (time.perf_counter() - began)
-        logged = {
-            "loss": loss,
-            "lr": self.options.learning_rate * scale,
-            "grad_norm": grad_norm,
-            "tokens": tokens,
-            "tokens_per_s": rate,
-            "mfu": self.flops_per_token * rate / self.parallel.world_size / self.peak_rate,
-            "epoch": self.shares.epoch(step),
-            "skipped": self.stability.skipped,
-        }
-        return logged | dict(zip(losses[0].metrics, means, strict=True))
-
-    def take_less_at_once(self) -> None:
-        """After running out of memory: the same steps, in passes of half as many rows.
-
-        Raises: MemoryError with one row a pass, and UserError under several processes and DeepSpeed: they
-        have stopped in the middle of an exchange, and only a new start brings them together.
-        """
-        rows, step_rows = self.shares.rows_at_once, self.shares.rows_per_step
-        if rows == 1:
-            raise MemoryError
-        half = math.ceil(rows / 2)
-        flags = f"--batch_size {half} --global_batch_size {step_rows}"
-        if self.parallel.world_size > 1 or self.parallel.zero_stage:
-            raise UserError(
-                f"not enough memory on {self.parallel.device} for {rows} rows at once; start again with "
-                f"{flags} (the same training) or --batch_size auto"
-            )
-        self.engine.discard()
-        if self.parallel.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.shares = dataclasses.replace(self.shares, batch_size=half)
-        self.say(f"not enough memory for {rows} rows at once; on with {half}, in steps as before ({flags})")
-
-    def must_stop(self, signals: StopSignals) -> bool:
-        """Whether to end before a pass. On a CPU a step is long, and to ask the others costs little."""
-        asked = signals.received is not None
-        if self.parallel.world_size == 1 or self.parallel.device.type != "cpu":
-            return asked and self.parallel.world_size == 1
-        return self.parallel.any(asked)
-
-    def measured(self, batches: list[Batch], losses: list[Loss], units: float) -> tuple[float, list[float]]:
-        """Clips the gradients; returns their norm before, the step's loss and the objective's metrics.
-
-        The latter are means over the units of all batches of all processes. A GPU is waited for here and
-        nowhere else in a step, after all its passes; so the numbers come in one tensor.
-        """
-        norm = self.engine.clip()
-        values = torch.stack([torch.stack([x.logged, *x.metrics.values(), norm]) for x in losses])
-        # Fp64 for the sums; a Mac's GPU has none, and several processes add theirs up where they are.
-        values = values.to("cpu" if self.parallel.world_size == 1 else self.parallel.device).double()
-        loss_sum = values[:, :1].sum(dim=0)  # (1,)
-        counts = [batch.row_units.sum().item() for batch in batches]
-        sums = sum(row[1:-1] * count for row, count in zip(values, counts, strict=True))  # (metrics,)
-        sums = self.parallel.sum(torch.cat((loss_sum, sums)))
-        *sums, norm = torch.cat((sums, values[0, -1:])).tolist()
-        return norm, [value / max(units, 1) for value in sums]
-
-    def accumulate_gradients(self, batches: list[Batch], units: float, signals: StopSignals) -> list[Loss]:
-        """Forward and backward of each batch; `units` is what the loss is a mean over, of the whole step."""
-        device, world = self.parallel.device, self.parallel.world_size
-        losses = []
-        for i, batch in enumerate(batches):
-            if self.must_stop(signals):
-                raise Interrupted
-            more_to_come = i + 1 < len(batches)
-            self.parallel.beat(f"forward pass {i + 1} of {len(batches)}")
-            with self.engine.accumulate(more_to_come), self.parallel.autocast():
-                batch = batch.to(device, non_blocking=True)
-                loss = self.objective.loss(self.engine.trained, batch, self.config.router_aux_loss_coef)
-                self.parallel.beat(f"backward pass {i + 1} of {len(batches)}")
-                # Processes' gradients are averaged, but the step's loss is a sum over them.
-                self.engine.backward(loss.total * (world / max(units, 1)))
-            losses.append(loss._replace(total=loss.total.detach()))
-        return losses
 
     # ---- Reporting and saving ----
 
@@ -593,7 +339,7 @@ class Trainer:
         state = {
             "step": step,
             "run_id": self.run_id,
-            "run": self.identity(),
+            "run": identity(self),
             "scaler": self.engine.scaler.state_dict(),
             "stability": self.stability.state_dict(),
             "objective": self.objective.state_dict(self.datasets()),
@@ -642,12 +388,3 @@ class Trainer:
             previous.mkdir()
             for path in found:
                 path.replace(previous / path.name)
-
-
-def differences(first: dict[str, Any], second: dict[str, Any], verbs: tuple[str, str]) -> str:
-    """Where the identities of two runs differ, in words."""
-    return "; ".join(
-        f"{name} {verbs[0]} {first.get(name)}, {verbs[1]} {value}"
-        for name, value in second.items()
-        if first.get(name) != value
-    )

@@ -22,6 +22,7 @@ from minimind.train.engine import build_engine
 from minimind.train.loop import Stage, Trainer
 from minimind.train.parallel import Parallel, setup
 from minimind.train.preference import Preference
+from minimind.train.start import identity
 from minimind.train.zero_settings import deepspeed_settings, zero_stage
 
 from .conftest import PRETRAIN, SFT, SIZE, metrics, run, write_jsonl
@@ -305,10 +306,10 @@ def test_what_deepspeed_refuses_is_one_sentence(options, zero_3, tmp_path):
 
 def test_muon_is_the_optimizer_but_under_zero(options, zero_3):
     assert (
-        Trainer(PRETRAIN, options, Parallel(torch.device("cpu"), torch.float32)).identity()["optimizer"]
+        identity(Trainer(PRETRAIN, options, Parallel(torch.device("cpu"), torch.float32)))["optimizer"]
         == "muon"
     )
-    assert Trainer(PRETRAIN, options, zero_3).identity()["optimizer"] == "adamw"
+    assert identity(Trainer(PRETRAIN, options, zero_3))["optimizer"] == "adamw"
     with pytest.raises(UserError, match="--optimizer muon needs whole matrices"):
         Trainer(PRETRAIN, replace(options, optimizer="muon"), zero_3)
 

@@ -228,7 +228,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_id(options, monkeypa
 def test_a_start_by_mistake_does_not_take_the_id_of_the_run_whose_checkpoints_are_there(options, monkeypatch):
     first = run(options)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "optimizer_step", interrupted)
+        patch.setattr(loop, "optimizer_step", interrupted)
         mistake = run(options)
     assert json.loads((mistake.run_dir / "run.json").read_bytes())["run_id"] == mistake.run_id
     assert run(replace(options, from_resume=True)).run_id == first.run_id != mistake.run_id

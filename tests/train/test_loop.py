@@ -133,7 +133,7 @@ def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monke
     first = run(replace(options, save_interval=2))
     kept = list_checkpoints(first.run_dir / "checkpoints")
     assert [p.name for p in kept] == ["step_00000006", "step_00000007"]
-    monkeypatch.setattr(loop.Trainer, "optimizer_step", lambda *_: pytest.fail("reached"))
+    monkeypatch.setattr(loop, "optimizer_step", lambda *_: pytest.fail("reached"))
     with pytest.raises(pytest.fail.Exception):
         run(options)
     assert list_checkpoints(first.run_dir / "checkpoints") == kept
@@ -153,7 +153,7 @@ def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatc
     def interrupted(self, *_):
         raise loop.Interrupted
 
-    monkeypatch.setattr(loop.Trainer, "optimizer_step", interrupted)
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
     assert run(options).exit_code > 128
     assert first.weights_path.read_bytes() == kept
     assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000007"]
@@ -185,7 +185,7 @@ def test_too_little_memory_is_a_sentence(options, monkeypatch):
     def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
 
-    monkeypatch.setattr(loop.Trainer, "optimizer_step", exhausted)
+    monkeypatch.setattr(loop, "optimizer_step", exhausted)
     with pytest.raises(UserError, match="not enough memory on cpu; lower --batch_size"):
         loop.train(PRETRAIN, options)
 

@@ -16,6 +16,7 @@ from minimind.stages import reason
 from minimind.stages.reason import ReasonOptions
 from minimind.tokenizer import Tokenizer
 from minimind.train import loop
+from minimind.train.start import identity
 from minimind.weights import load_model, save_weights
 
 from .conftest import metrics, run, write_jsonl
@@ -92,7 +93,7 @@ def test_preferences_come_first_and_the_name_is_reason(reason_options, stage, ca
     trainer = run(replace(reason_options, max_steps=2), stage)
     assert trainer.started_from.name == "rlhf_64.pth"
     assert trainer.weights_path.name == "reason_64.pth"
-    assert trainer.identity()["tag_weight"] == reason_options.tag_weight
+    assert identity(trainer)["tag_weight"] == reason_options.tag_weight
 
 
 def test_experts_reason_too(reason_options, stage):
