@@ -19,7 +19,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from minimind.data.packing import Packing, make_segments
+from minimind.data.epochs import Drawn, Epochs
+from minimind.data.holdout import all_documents
+from minimind.data.segments import Documents, make_segments, slabs
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
 
@@ -79,7 +81,7 @@ class PackedDataset:
         num_rows: rows in an epoch, the same in all.
         num_tokens: positions with a token in an epoch.
         padding_fraction: positions without a token, of all positions.
-        report: how many documents were split, cut or dropped; see `packing.CutReport`.
+        report: how many documents were split, cut or dropped; see `segments.CutReport`.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class PackedDataset:
         seed: int,
         pad_id: int,
         eos_id: int,
-        documents: np.ndarray | None = None,
+        documents: Documents | None = None,
         tag_weight: float = 1.0,
     ):
         """Make up the rows.
@@ -99,13 +101,13 @@ class PackedDataset:
             documents: the documents of the store to use, ascending; without it, all.
             tag_weight: weight in the loss of the tokens that make up a reasoning answer's tags.
         """
-        documents = np.arange(store.num_documents) if documents is None else documents
+        documents = all_documents(store) if documents is None else documents
         segments, self.report = make_segments(store, documents, max_seq_len, eos_id)
         self.store, self.max_seq_len, self.pad_id = store, max_seq_len, pad_id
         self._target_weights = np.array([0, 1, tag_weight], np.float32)  # by the store's class of a token
-        self._packing = Packing(segments, max_seq_len, seed)
-        self.num_rows = len(self._packing.rows)
-        self.num_tokens = int(segments.lengths.sum(dtype=np.int64))
+        self._epochs = Epochs(segments, max_seq_len, seed)
+        self.num_rows = len(self._epochs.rows)
+        self.num_tokens = segments.num_positions
         self.padding_fraction = 1 - self.num_tokens / max(self.num_rows * max_seq_len, 1)
 
     def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> Batch:
@@ -113,8 +115,8 @@ class PackedDataset:
 
         Rows of padding make it up to `min_rows`, for those who need batches of one shape.
         """
-        rows = range(row_start, min(row_start + row_count, self.num_rows))
-        shape = (max(len(rows), min_rows), self.max_seq_len)
+        drawn = self._draw(epoch, row_start, row_count)
+        shape = (max(len(drawn), min_rows), self.max_seq_len)
         arrays = Batch(
             input_ids=np.full(shape, self.pad_id, np.int64),
             labels=np.full(shape, self.pad_id, np.int64),
@@ -123,16 +125,20 @@ class PackedDataset:
             document_ids=np.full(shape, -1, np.int32),
             targets_at=np.empty(0, np.int64),
         )
-        for i, row in enumerate(rows):
-            self._fill(arrays, i, self._packing.row(epoch, row))
+        for i, (starts, lengths) in enumerate(drawn):
+            self._fill(arrays, i, starts, lengths)
         arrays.targets_at = np.flatnonzero(arrays.loss_mask)
         return arrays._map(torch.from_numpy)
 
-    def _fill(self, arrays: Batch, i: int, segments: np.ndarray) -> None:
-        """Write `segments` one after the other into row `i`."""
+    def _draw(self, epoch: int, row_start: int, row_count: int) -> Drawn:
+        """Rows of an epoch, fewer where it ends before."""
+        return self._epochs.draw(epoch, row_start, min(row_start + row_count, self.num_rows))
+
+    def _fill(self, arrays: Batch, i: int, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Write segments one after the other into row `i`."""
         tokens, weights = self.store.tokens, self.store.weights
         column = 0
-        for number, (start, length) in enumerate(self._stretches(segments)):
+        for number, (start, length) in enumerate(self._stretches(starts, lengths)):
             here = np.s_[i, column : column + length]
             labels = np.s_[start + 1 : start + 1 + length]
             arrays.input_ids[here] = tokens[start : start + length]
@@ -142,18 +148,17 @@ class PackedDataset:
             arrays.document_ids[here] = number
             column += length
 
-    def _stretches(self, segments: np.ndarray) -> Iterable[tuple[int, int]]:
+    def _stretches(self, starts: np.ndarray, lengths: np.ndarray) -> Iterable[tuple[int, int]]:
         """Where each stretch of a document begins in the store, and how many positions it takes."""
-        every = self._packing.segments
-        return zip(every.starts[segments], every.lengths[segments], strict=True)
+        return zip(starts, lengths, strict=True)
 
     def tokens(self, epoch: int, rows: int) -> int:
         """Positions with a token in the first `rows` rows of an epoch."""
-        return self._packing.tokens(epoch, rows) if rows else 0
+        return self._epochs.tokens(epoch, rows)
 
     def source_lines(self, epoch: int, row: int) -> list[int]:
         """The lines of the JSONL file that a row was made from, to name them when its loss is not finite."""
-        documents = self._packing.segments.documents[self._packing.row(epoch, row)]
+        documents = self.store.documents_at(self._draw(epoch, row, 1).starts)
         return sorted({int(line) for line in self.store.lines[documents]})
 
 
@@ -169,24 +174,22 @@ class PairDataset(PackedDataset):
 
     def __init__(self, store: TokenStore, max_seq_len: int, **arguments):
         super().__init__(store, max_seq_len, **arguments)
-        has_target = np.logical_or.reduceat(store.weights, store.offsets[:-1])  # (documents,)
-        if not has_target.all():
+        line = line_without_target(store)
+        if line:
             raise UserError(
-                f"{store.meta['source']}:{store.lines[has_target.argmin()]}: the chat template in "
-                "--tokenizer_path leaves out an answer of this pair; mend it, or use the shipped tokenizer"
+                f"{store.meta['source']}:{line}: the chat template in --tokenizer_path leaves out an answer "
+                "of this pair; mend it, or use the shipped tokenizer"
             )
         self.reference = torch.full((store.num_documents // 2, 2), torch.nan)
 
     def batch(self, epoch: int, row_start: int, row_count: int, min_rows: int = 0) -> PairBatch:
         batch = super().batch(epoch, row_start, row_count, min_rows)
-        rows = range(row_start, min(row_start + row_count, self.num_rows))
-        segments = [self._packing.row(epoch, row) for row in rows]
+        drawn = self._draw(epoch, row_start, row_count)
         pairs_in_row = torch.zeros(len(batch.input_ids), dtype=torch.int64)
-        pairs_in_row[: len(rows)] = torch.tensor([len(row) for row in segments], dtype=torch.int64)
+        pairs_in_row[: len(drawn)] = torch.from_numpy(np.diff(drawn.borders))
         pairs_before = pairs_in_row.cumsum(0) - pairs_in_row  # (B,)
         row_of_target = batch.targets_at // self.max_seq_len  # (M,)
-        documents = self._packing.segments.documents[np.concatenate([*segments, np.zeros(0, np.int64)])]
-        pairs = torch.from_numpy(documents // 2).long()
+        pairs = torch.from_numpy(self.store.documents_at(drawn.starts) // 2)
         return PairBatch(
             **vars(batch),
             pairs=pairs,
@@ -195,30 +198,23 @@ class PairDataset(PackedDataset):
             reference=self.reference[pairs],
         )
 
-    def _stretches(self, segments: np.ndarray) -> Iterator[tuple[int, int]]:
+    def _stretches(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
         offsets = self.store.offsets
-        for chosen in self._packing.segments.documents[segments]:
+        for chosen in self.store.documents_at(starts):
             for document in (chosen, chosen + 1):
                 yield offsets[document], offsets[document + 1] - offsets[document] - 1
 
 
-def split_holdout(
-    store: TokenStore, fraction: float = 0.01, max_documents: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
-    """(documents to train on, documents held out), both ascending.
-
-    The choice depends on contents alone, so the copies of a document are all on the same side, and so are the
-    two documents of a preference pair. A store of less than 100 documents is too small to hold any out.
-    """
-    wanted = min(int(store.num_documents * fraction), max_documents) if store.num_documents >= 100 else 0
-    # Multiplying by an odd number reorders the fingerprints, one to one.
-    mixed = store.fingerprints * np.uint32(2654435761)
-    values, counts = np.unique(mixed, return_counts=True)
-    values = values[counts <= wanted]
-    counts = counts[counts <= wanted]
-    held = values[counts.cumsum() <= wanted]
-    is_held = np.isin(mixed, held)
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+def line_without_target(store: TokenStore) -> int | None:
+    """The line of the first document in which nothing is a target, if there is one."""
+    assert store.weights is not None  # as all pairs have
+    for documents in slabs(store, all_documents(store)):
+        borders = store.offsets[documents[0] : documents[-1] + 2]
+        weights = store.weights[borders[0] : borders[-1]]
+        has_target = np.logical_or.reduceat(weights, borders[:-1] - borders[0])  # (documents,)
+        if not has_target.all():
+            return int(store.lines[documents[has_target.argmin()]])
+    return None
 
 
 def prefetch(iterable: Iterable[T], depth: int = 2) -> Generator[T, None, None]:

@@ -1,196 +1,95 @@
-"""From documents to rows of `max_seq_len` positions, nearly without padding. NumPy only.
+"""Which lengths share a row: rows of `capacity` positions filled with stretches of 1 … capacity. NumPy only.
 
-A segment is a stretch of one document that is trained on: its inputs are tokens[start : start + length], its
-labels the same moved on by one, so a document of n tokens gives at most n - 1 positions. Rows are filled
-with whole segments by best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (Ding et al.
-2024, https://arxiv.org/abs/2404.10830). Attention and positions stay within a segment (`batches` sees to
-that), so it means nothing which segments share a row, and each epoch draws it anew.
+Rows are filled by best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (Ding et al. 2024,
+https://arxiv.org/abs/2404.10830). Stretches of one length are alike, and so are rows of one make-up, so both
+are handled by their number. Neither work nor memory depends on how many there are.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from minimind.data.store import TokenStore
-
-SLAB_TOKENS = 1 << 22  # tokens looked at together when conversations are cut: 32 MB of indices at most
+Pieces = tuple[int, ...]  # lengths, for which one stretch is cut or which share a row
 
 
 @dataclass
-class CutReport:
-    """What became of the documents on their way into segments; for the log."""
+class Slots:
+    """Places in rows, row after row: a slot takes a stretch of one certain length."""
 
-    documents: int
-    split: int = 0  # pretraining texts made into several segments
-    cut: int = 0  # conversations that end earlier, at the end of an answer
-    dropped: int = 0  # conversations whose first answer does not fit, pairs that do not
-    lost_target_tokens: int = 0  # of the conversations cut or dropped
+    lengths: np.ndarray  # (slots,) int64
+    numbers: np.ndarray  # (slots,) int64, of the slot among all of its length, from 0
+    borders: np.ndarray  # (rows + 1,) int64: row r has the slots borders[r] … borders[r + 1] - 1
 
 
-@dataclass
-class Segments:
-    """One entry per segment."""
-
-    starts: np.ndarray  # int64, the first input token in the store
-    lengths: np.ndarray  # int32, positions: 1 … max_seq_len
-    documents: np.ndarray  # int32, the document of the store
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-
-def make_segments(
-    store: TokenStore, documents: np.ndarray, max_seq_len: int, eos_id: int
-) -> tuple[Segments, CutReport]:
-    """The segments of `documents` (ascending).
-
-    Texts are split, conversations cut at the end of an answer, preference pairs kept whole.
-    """
-    if store.kind == "preference":
-        return whole_pairs(store.offsets, documents, max_seq_len)
-    if store.weights is None:
-        return split_texts(store.offsets, documents, max_seq_len)
-    return cut_conversations(store, documents, max_seq_len, eos_id)
-
-
-def split_texts(offsets: np.ndarray, documents: np.ndarray, max_seq_len: int) -> tuple[Segments, CutReport]:
-    """Segments that together predict every token of a document but its first, exactly once.
-
-    A long document is split every `max_seq_len` positions. Texts that all have about the same awkward length
-    would still leave much of the rows empty; then as many as it takes are split further, to fill the gaps.
-    """
-    positions = np.diff(offsets)[documents] - 1
-    counts = -(-positions // max_seq_len)
-    within = (np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)) * max_seq_len
-    segments = Segments(
-        starts=offsets[documents].repeat(counts) + within,
-        lengths=np.minimum(positions.repeat(counts) - within, max_seq_len).astype(np.int32),
-        documents=documents.repeat(counts).astype(np.int32),
-    )
-    for _ in range(4):  # once is nearly always enough
-        rows = pack(segments.lengths, max_seq_len)
-        if len(rows) <= 1 + 1.01 * positions.sum() / max_seq_len:  # the last row may well be empty
-            break
-        segments = _fill_gaps(segments, rows, max_seq_len)
-    split = int((np.unique_counts(segments.documents).counts > 1).sum())
-    return segments, CutReport(len(documents), split=split)
-
-
-def _fill_gaps(segments: Segments, rows: Rows, max_seq_len: int) -> Segments:
-    """Pour the segments of the emptiest rows into the gaps of the others, splitting them where a gap ends."""
-    gaps = max_seq_len - np.add.reduceat(rows.slot_lengths, rows.first_slots[:-1])
-    usable = np.where(gaps >= max_seq_len // 64, gaps, 0)  # a smaller piece would learn next to nothing
-    emptiest = np.argsort(-gaps, kind="stable")
-    # Pouring out one row takes room for its segments, and its own gap is gone as well.
-    needed = (max_seq_len - gaps + usable)[emptiest].cumsum()
-    poured, filled = np.split(emptiest, [np.searchsorted(needed, usable.sum(), side="right")])
-
-    is_poured = np.isin(np.arange(len(rows)), poured).repeat(np.diff(rows.first_slots))
-    by_length = np.argsort(segments.lengths, kind="stable")
-    chosen = by_length[is_poured[np.argsort(rows.slot_lengths, kind="stable")]]
-
-    # The chosen segments in one line, cut where a segment ends and where a gap is full.
-    ends = segments.lengths[chosen].cumsum(dtype=np.int64)
-    cuts = np.union1d(ends, usable[filled].cumsum(dtype=np.int64))
-    cuts = cuts[(cuts > 0) & (cuts <= segments.lengths[chosen].sum())]
-    lengths = np.diff(cuts, prepend=0)
-    begins = cuts - lengths
-    source = np.searchsorted(ends, begins, side="right")  # the chosen segment each piece comes from
-    starts = segments.starts[chosen][source] + begins - (ends - segments.lengths[chosen])[source]
-
-    kept = np.setdiff1d(np.arange(len(segments)), chosen)
-    return Segments(
-        starts=np.concatenate([segments.starts[kept], starts]),
-        lengths=np.concatenate([segments.lengths[kept], lengths.astype(np.int32)]),
-        documents=np.concatenate([segments.documents[kept], segments.documents[chosen][source]]),
-    )
-
-
-def cut_conversations(
-    store: TokenStore, documents: np.ndarray, max_seq_len: int, eos_id: int
-) -> tuple[Segments, CutReport]:
-    """One segment for each conversation, from its start to the end of the last answer that fits.
-
-    That end is the `<|im_end|>` which closes the answer: a target with the id `eos_id`. What follows the last
-    answer teaches nothing and is left out always. A conversation whose first answer does not fit is dropped.
-    """
-    report = CutReport(len(documents))
-    slabs = np.flatnonzero(np.diff(store.offsets[documents] // SLAB_TOKENS)) + 1
-    parts = [_cut_slab(store, slab, max_seq_len, eos_id, report) for slab in np.split(documents, slabs)]
-    lengths = np.concatenate(parts)
-    kept = lengths > 0
-    starts = store.offsets[documents[kept]]
-    return Segments(starts, lengths[kept].astype(np.int32), documents[kept].astype(np.int32)), report
-
-
-def _cut_slab(
-    store: TokenStore, documents: np.ndarray, max_seq_len: int, eos_id: int, report: CutReport
-) -> np.ndarray:
-    """The positions (documents,) to keep of each conversation, 0 to drop it. Adds to `report`."""
-    if not len(documents):
-        return np.zeros(0, np.int64)
-    starts, ends = store.offsets[documents], store.offsets[documents + 1]
-    assert store.weights is not None  # as all conversations have
-    targets = starts[0] + np.flatnonzero(store.weights[starts[0] : ends[-1]])
-    answer_ends = targets[store.tokens[targets] == eos_id]
-    # The label of position p is token p + 1, so the last token within reach is start + max_seq_len.
-    found = np.searchsorted(answer_ends, np.minimum(starts + max_seq_len, ends - 1), side="right") - 1
-    last = np.concatenate([answer_ends, [-1]])[found]  # found is -1 where there is none at all
-    lengths = np.where(last > starts, last - starts, 0)
-
-    lost = np.searchsorted(targets, ends) - np.searchsorted(targets, starts + lengths, side="right")
-    report.dropped += int((lengths == 0).sum())
-    report.cut += int(((lengths > 0) & (lost > 0)).sum())
-    report.lost_target_tokens += int(lost.sum())
-    return lengths
-
-
-def whole_pairs(offsets: np.ndarray, documents: np.ndarray, max_seq_len: int) -> tuple[Segments, CutReport]:
-    """One segment for both documents of each pair, named after the chosen one, the even.
-
-    A pair that does not fit is dropped: half an answer has another log-probability than the whole.
-    """
-    chosen = documents[::2]
-    lengths = offsets[chosen + 2] - offsets[chosen] - 2  # positions: the last token of each has no label
-    fits = lengths <= max_seq_len
-    report = CutReport(len(chosen), dropped=int((~fits).sum()))
-    kept = chosen[fits]
-    return Segments(offsets[kept], lengths[fits].astype(np.int32), kept.astype(np.int32)), report
-
-
-@dataclass
 class Rows:
-    """How rows are made up. A slot is a place in a row for a segment of one certain length."""
+    """Rows by their make-up: so many with these lengths, so many with those, …"""
 
-    slot_lengths: np.ndarray  # (segments,) int32, row after row
-    first_slots: np.ndarray  # (rows + 1,) int64: row r has the slots first_slots[r] … first_slots[r + 1] - 1
+    def __init__(self, patterns: list[tuple[Pieces, int]]):
+        self.patterns = patterns
+        lengths, numbers, steps = [], [], []
+        used: Counter[int] = Counter()  # slots of each length in the rows of the patterns before
+        for pattern, rows in patterns:
+            here: Counter[int] = Counter()
+            for length in pattern:
+                lengths.append(length)
+                numbers.append(used[length] + here[length])
+                here[length] += 1
+            steps += [here[length] for length in pattern]
+            for length, number in here.items():
+                used[length] += number * rows
+        self._ends = np.cumsum([0, *(rows for _, rows in patterns)])
+        self._sizes = np.array([len(pattern) for pattern, _ in patterns], np.int64)
+        self._sums = np.array([sum(pattern) for pattern, _ in patterns], np.int64)
+        self._first_slots = self._sizes.cumsum() - self._sizes
+        self._lengths = np.array(lengths, np.int64)
+        self._numbers = np.array(numbers, np.int64)  # in the first row of the pattern
+        self._steps = np.array(steps, np.int64)  # from one row to the next
 
     def __len__(self) -> int:
-        return len(self.first_slots) - 1
+        return int(self._ends[-1])
+
+    def slots(self, rows: np.ndarray) -> Slots:
+        """The slots of these rows."""
+        pattern = self._pattern(rows)
+        sizes = self._sizes[pattern]
+        slot = self._first_slots[pattern].repeat(sizes) + count_up(sizes)
+        nth = (rows - self._ends[pattern]).repeat(sizes)
+        numbers = self._numbers[slot] + nth * self._steps[slot]
+        return Slots(self._lengths[slot], numbers, np.concatenate([[0], sizes.cumsum()]))
+
+    def filled(self, rows: np.ndarray) -> int:
+        """Positions of these rows that are taken."""
+        return int(self._sums[self._pattern(rows)].sum())
+
+    def _pattern(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._ends, rows, side="right") - 1
 
 
-def pack(lengths: np.ndarray, capacity: int) -> Rows:
-    """Place segments of these `lengths` (1 … capacity) in rows by best-fit decreasing.
+def count_up(sizes: np.ndarray) -> np.ndarray:
+    """0 … s - 1 for each s of `sizes`, one after the other."""
+    return np.arange(sizes.sum()) - (sizes.cumsum() - sizes).repeat(sizes)
 
-    The longest come first, and each goes to the row with the least space that still holds it. Segments of one
-    length are alike, and so are rows of one make-up, so both are handled by their number: the work grows with
-    the square of `capacity` at worst, and not with the number of segments.
+
+def pack(counts: np.ndarray, capacity: int) -> Rows:
+    """Place `counts[n]` stretches of each length n (1 … capacity) in rows by best-fit decreasing.
+
+    The longest come first, and each goes to the row with the least space that still holds it. The work grows
+    with the square of `capacity` at worst.
     """
-    patterns: dict[int, list[tuple[tuple[int, ...], int]]] = defaultdict(list)  # space -> (lengths, rows)
+    patterns: dict[int, list[tuple[Pieces, int]]] = defaultdict(list)  # space -> (lengths, rows)
     spaces: list[int] = []  # the keys of `patterns` that have rows, ascending
 
-    def put(space: int, pattern: tuple[int, ...], rows: int) -> None:
+    def put(space: int, pattern: Pieces, rows: int) -> None:
         if rows and not patterns[space]:
             insort(spaces, space)
         if rows:
             patterns[space].append((pattern, rows))
 
-    counts = np.bincount(lengths, minlength=1)
-    pattern: tuple[int, ...]
+    pattern: Pieces
     for length in map(int, np.flatnonzero(counts)[::-1]):
         left = int(counts[length])
         while left:
@@ -211,51 +110,101 @@ def pack(lengths: np.ndarray, capacity: int) -> Rows:
             if not is_new:
                 put(space, pattern, rows - filled - int(remainder > 0))
             left -= filled * each + remainder
-    return _lay_out([item for items in patterns.values() for item in items])
+    return Rows([item for items in patterns.values() for item in items])
 
 
-def _lay_out(patterns: list[tuple[tuple[int, ...], int]]) -> Rows:
-    """Rows of each pattern, as often as it is used."""
-    slot_lengths = [np.tile(np.array(pattern, np.int32), rows) for pattern, rows in patterns]
-    slots_per_row = np.repeat([len(pattern) for pattern, _ in patterns], [rows for _, rows in patterns])
-    return Rows(
-        slot_lengths=np.concatenate([*slot_lengths, np.zeros(0, np.int32)]),
-        first_slots=np.concatenate([[0], slots_per_row.cumsum()]).astype(np.int64),
-    )
+# ---- Stretches that may be cut ----
 
 
-class Packing:
-    """The rows of every epoch: a pure function of (seed, epoch), drawn anew for each.
+def cut_to_fill(counts: np.ndarray, capacity: int) -> Counter[Pieces]:
+    """How many stretches to cut into which pieces, so that rows are full. Most stay whole: one piece.
 
-    All epochs have the same number of rows, made up alike. Which of the segments of one length takes which
-    slot of that length, and the order of the rows, are random.
+    Only stretches that all have about the same awkward length would leave much of the rows empty. Then as
+    many as it takes are cut.
     """
+    cuts = Counter({(int(length),): int(counts[length]) for length in np.flatnonzero(counts)})
+    positions = int(counts @ np.arange(len(counts)))
+    for _ in range(4):  # once is nearly always enough
+        rows = pack(pieces_in(cuts, capacity), capacity)
+        if len(rows) <= 1 + 1.01 * positions / capacity:  # the last row may well be empty
+            break
+        _cut_further(cuts, _pour(rows, capacity))
+    return +cuts
 
-    def __init__(self, segments: Segments, max_seq_len: int, seed: int):
-        self.segments, self.seed = segments, seed
-        self.rows = pack(segments.lengths, max_seq_len)
-        self._slots_by_length = np.argsort(self.rows.slot_lengths, kind="stable").astype(np.int32)
-        self._epoch: int | None = None
 
-    def row(self, epoch: int, index: int) -> np.ndarray:
-        """The segments in row `index` of `epoch`, as indices into `segments`."""
-        if epoch != self._epoch:
-            self._order, self._occupants = self._shuffle(epoch)
-            self._epoch = epoch
-        first, end = self.rows.first_slots[self._order[index] :][:2]
-        return self._occupants[first:end]
+def pieces_in(cuts: Counter[Pieces], capacity: int) -> np.ndarray:
+    """(capacity + 1,) int64, how many pieces there are of each length."""
+    counts = np.zeros(capacity + 1, np.int64)
+    for pieces, number in cuts.items():
+        for length in pieces:
+            counts[length] += number
+    return counts
 
-    def tokens(self, epoch: int, rows: int) -> int:
-        """Positions that hold a token in the first `rows` rows of `epoch`."""
-        in_row = np.add.reduceat(self.rows.slot_lengths, self.rows.first_slots[:-1], dtype=np.int64)
-        order = self._shuffle(epoch)[0]
-        return int(in_row[order[:rows]].sum())
 
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the rows (rows,), and the segment in each slot (segments,)."""
-        generator = np.random.default_rng([self.seed, epoch])
-        shuffled = generator.permutation(len(self.segments)).astype(np.int32)
-        by_length = shuffled[np.argsort(self.segments.lengths[shuffled], kind="stable")]
-        occupants = np.empty_like(by_length)
-        occupants[self._slots_by_length] = by_length
-        return generator.permutation(len(self.rows)), occupants
+def _pour(rows: Rows, capacity: int) -> Counter[tuple[int, Pieces]]:
+    """How to cut the stretches in the emptiest rows (length, pieces) to fill the gaps of the others."""
+    smallest = max(1, capacity // 64)  # a smaller piece would learn next to nothing
+    by_gap = sorted(((capacity - sum(pattern), pattern, n) for pattern, n in rows.patterns), reverse=True)
+    usable = [gap if gap >= smallest else 0 for gap, _, _ in by_gap]
+    room = sum(space * n for space, (_, _, n) in zip(usable, by_gap, strict=True))
+    poured: Counter[int] = Counter()
+    gaps: list[tuple[int, int]] = []  # (positions, rows), the widest last
+    for space, (gap, pattern, n) in zip(usable, by_gap, strict=True):
+        # Pouring out one row takes room for its stretches, and its own gap is gone as well.
+        taken = min(n, room // (capacity - gap + space))
+        room = room - taken * (capacity - gap + space) if taken == n else 0
+        for length in pattern:
+            poured[length] += taken
+        if space and taken < n:
+            gaps.append((space, n - taken))
+    return _into_gaps(poured, gaps[::-1], smallest)
+
+
+def _into_gaps(
+    poured: Counter[int], gaps: list[tuple[int, int]], smallest: int
+) -> Counter[tuple[int, Pieces]]:
+    """Fill `gaps`, the last first, with the `poured` stretches, each cut where a gap is full."""
+    cut: Counter[tuple[int, Pieces]] = Counter()
+    # (length, pieces cut off, rest, how many), the longest last
+    waiting = [(length, (), length, n) for length, n in sorted(poured.items()) if n]
+    while waiting and gaps:
+        length, pieces, rest, n = waiting.pop()
+        gap, rows = gaps.pop()
+        both = min(n, rows)
+        if both < n:
+            waiting.append((length, pieces, rest, n - both))
+        if both < rows:
+            gaps.append((gap, rows - both))
+        piece = min(rest, gap)
+        if rest > piece:
+            waiting.append((length, (*pieces, piece), rest - piece, both))
+        else:
+            cut[length, (*pieces, piece)] += both
+            if gap > piece:
+                gaps.append((gap - piece, both))
+    for length, pieces, rest, n in waiting:  # what is left over goes to rows of its own
+        cut[length, (*pieces, rest)] += n
+    return cut
+
+
+def _cut_further(cuts: Counter[Pieces], further: Counter[tuple[int, Pieces]]) -> None:
+    """Cut so many of the pieces of a length into smaller ones, changing `cuts`."""
+    having: defaultdict[int, list[Pieces]] = defaultdict(list)  # keys of `cuts` by the lengths in them
+    for key in cuts:
+        for length in {*key}:
+            having[length].append(key)
+    for (length, pieces), number in further.items():
+        while number and len(pieces) > 1:
+            key = having[length][-1]
+            n = min(number, cuts[key])
+            if not n:
+                having[length].pop()
+                continue
+            at = key.index(length)
+            rest = (*key[:at], *key[at + 1 :])
+            new = (*key[:at], *pieces, *key[at + 1 :])
+            cuts[key] -= n
+            cuts[new] += n
+            number -= n
+            for other in {*rest}:
+                having[other].append(new)

@@ -19,18 +19,18 @@ import numpy as np
 
 from minimind.data.copies import find_copies
 from minimind.data.found import Found
-from minimind.data.packing import CutReport, make_segments, pack
+from minimind.data.holdout import all_documents
+from minimind.data.packing import pack
 from minimind.data.prepare import prepare
 from minimind.data.records import KINDS, AskedKind, TextRecord, chats_of, kind_of, parsed_blocks
 from minimind.data.scripts import LanguageCount
+from minimind.data.segments import make_segments
 from minimind.data.stats_report import draw, show
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
 from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
-
-CUT_TOGETHER = 1 << 14  # conversations, so that the memory of their tokens is given back in between
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Packed:
-    """What becomes of the records in rows of `max_seq_len` tokens; see `packing.CutReport`."""
+    """What becomes of the records in rows of `max_seq_len` tokens; see `segments.CutReport`."""
 
     max_seq_len: int
     rows: int
@@ -160,23 +160,8 @@ def read_texts(path: Path, store: TokenStore) -> tuple[LanguageCount, Counter[in
 
 def pack_rows(store: TokenStore, max_seq_len: int, eos_id: int) -> Packed:
     """What training will make of `store` at `max_seq_len`."""
-    kept, report = [], CutReport(0)
-    documents = np.arange(store.num_documents)
-    # Texts are poured into each other's gaps, so all are needed at once; but no token of theirs is read.
-    parts = (
-        [documents]
-        if store.kind in ("pretrain", "preference")
-        else np.split(documents, range(CUT_TOGETHER, len(documents), CUT_TOGETHER))
-    )
-    for part in parts:
-        segments, of_part = make_segments(store, part, max_seq_len, eos_id)
-        kept.append(segments.lengths)
-        report = CutReport(
-            *(a + b for a, b in zip(vars(report).values(), vars(of_part).values(), strict=True))
-        )
-        store.release()
-    lengths = np.concatenate(kept)
-    rows, tokens = len(pack(lengths, max_seq_len)), int(lengths.sum(dtype=np.int64))
+    segments, report = make_segments(store, all_documents(store), max_seq_len, eos_id)
+    rows, tokens = len(pack(segments.counts, max_seq_len)), segments.num_positions
     lost = report.lost_target_tokens
     if store.kind == "preference":
         lost = store.num_tokens - store.num_documents - tokens  # positions of the pairs left out

@@ -74,10 +74,14 @@ class TokenStore:
         """The tokens of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def documents_at(self, starts: np.ndarray) -> np.ndarray:
+        """The document that each of these tokens belongs to, (k,) int64."""
+        return np.searchsorted(self.offsets, starts, side="right") - 1
+
     def release(self) -> None:
-        """Let go of the pages of tokens and weights read so far; what is used again is read again."""
-        for array in (self.tokens, self.weights):
-            if array is not None:
+        """Let go of the pages read so far; what is used again is read again."""
+        for array in (self.tokens, self.weights, self.offsets, self.lines, self.fingerprints):
+            if array is not None and isinstance(array.base, np.memmap):
                 memmap: Any = array.base
                 memmap.base.madvise(mmap.MADV_DONTNEED)  # of the mmap below it
 

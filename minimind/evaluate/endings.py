@@ -96,14 +96,16 @@ def rows_of(group: Sequence[Item], numbers: Iterator[int]) -> list[Row]:
     shared = min(common_length(prompts), min(map(len, prompts)) - 1)
     lengths = np.array([len(item.prompt) - shared + sum(len(e) - 1 for e in item.endings) for item in group])
     wanted = min(max(SHORTEST_ROW, ROW_PER_BEGINNING * shared), LONGEST_ROW)
-    packed = pack(lengths, max(wanted - shared, int(lengths.max())))
+    counts = np.bincount(lengths)
+    packed = pack(counts, max(wanted - shared, len(counts) - 1))
     # `pack` says which lengths share a row; items of one length may take each other's place.
-    members = np.empty(len(group), np.int64)
-    members[np.argsort(packed.slot_lengths, kind="stable")] = np.argsort(lengths, kind="stable")
+    slots = packed.slots(np.arange(len(packed)))
+    by_length = np.argsort(lengths, kind="stable")
+    members = by_length[(counts.cumsum() - counts)[slots.lengths] + slots.numbers]
     numbered = [(next(numbers), item) for item in group]
     return [
         make_row(group[0].prompt[:shared], [numbered[i] for i in members[start:end]])
-        for start, end in zip(packed.first_slots, packed.first_slots[1:], strict=False)
+        for start, end in zip(slots.borders, slots.borders[1:], strict=False)
     ]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from minimind.data.batches import PackedDataset, PairDataset, split_holdout
+from minimind.data.batches import PackedDataset, PairDataset
+from minimind.data.holdout import split_holdout
 from minimind.data.prepare import prepare
 from minimind.data.records import Kind
+from minimind.data.segments import Documents
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def load_datasets(
             progress=progress,
         )
 
-    def rows(store: TokenStore, documents: np.ndarray | None = None) -> PackedDataset:
+    def rows(store: TokenStore, documents: Documents | None = None) -> PackedDataset:
         return rows_of(store, tokenizer, options.max_seq_len, options.seed, documents, tag_weight)
 
     assert options.data_path is not None  # every stage has one
@@ -69,7 +69,7 @@ def rows_of(
     tokenizer: Tokenizer,
     max_seq_len: int,
     seed: int = 0,
-    documents: np.ndarray | None = None,
+    documents: Documents | None = None,
     tag_weight: float = 1.0,
 ) -> PackedDataset:
     """`store` as rows of `max_seq_len` positions; see `PackedDataset`."""
