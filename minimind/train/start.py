@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimind.data.epochs import ORDER_VERSION
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.runs import read_run
@@ -135,6 +136,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     data = {
         "data (its content)": trainer.data_sha256,
         "rows to train on": trainer.data.num_rows,
+        "order of rows (its version)": ORDER_VERSION,
         "rows of an optimizer step": trainer.shares.rows_per_step,
         "tokenizer": trainer.tokenizer.fingerprint,
     }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.data.batches import Batch, PackedDataset, prefetch, split_holdout
+from minimind.data.batches import Batch, PackedDataset, prefetch
 from minimind.data.prepare import prepare
 from minimind.data.store import TokenStore
 
@@ -171,46 +171,6 @@ def test_no_documents_no_rows(texts, chats):
     for store in (texts, chats):
         data = dataset(store, documents=np.arange(0))
         assert (data.num_rows, data.padding_fraction) == (0, 1.0)
-
-
-def with_fingerprints(store: TokenStore, fingerprints: list[int]) -> TokenStore:
-    n = len(fingerprints)
-    return replace(store, lines=np.arange(1, n + 1), fingerprints=np.array(fingerprints, np.uint32))
-
-
-def test_holdout_depends_on_contents_alone(texts):
-    contents = np.random.default_rng(0).integers(0, 2**32, 5000).tolist()
-    store = with_fingerprints(texts, contents)
-    training, held = split_holdout(store)
-    assert len(held) == 50
-    assert sorted([*training, *held]) == list(range(5000))
-    assert (np.diff(training) > 0).all()
-    assert (np.diff(held) > 0).all()
-    assert held.max() > 4000 > 1000 > held.min()  # from the whole file
-
-    _, held_of_reversed = split_holdout(with_fingerprints(texts, contents[::-1]))
-    assert {contents[i] for i in held} == {contents[::-1][i] for i in held_of_reversed}
-    _, more = split_holdout(store, fraction=0.02)
-    assert {contents[i] for i in held} < {contents[i] for i in more}
-    assert len(split_holdout(store, fraction=0.5, max_documents=200)[1]) == 200
-
-
-def test_copies_are_on_one_side(texts):
-    contents = np.random.default_rng(1).integers(0, 400, 5000).tolist()
-    training, held = split_holdout(with_fingerprints(texts, contents), fraction=0.1)
-    assert not {contents[i] for i in training} & {contents[i] for i in held}
-    assert 470 < len(held) <= 500
-    # One text that makes up most of the file cannot be held out, and does not stop others from being.
-    contents = [7] * 4000 + list(range(1000, 2000))
-    training, held = split_holdout(with_fingerprints(texts, contents))
-    assert len(held) == 50
-    assert held.min() >= 4000
-
-
-def test_small_stores_hold_nothing_out(texts):
-    for count, expected in ((99, 0), (100, 1)):
-        training, held = split_holdout(with_fingerprints(texts, list(range(count))))
-        assert (len(training), len(held)) == (count - expected, expected)
 
 
 def test_prefetch_gives_everything_in_order_and_stays_ahead():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.data.batches import PairBatch, PairDataset, split_holdout
+from minimind.data.batches import PairBatch, PairDataset
+from minimind.data.holdout import split_holdout
 from minimind.data.prepare import prepare
 from minimind.data.store import TokenStore
 from minimind.errors import UserError

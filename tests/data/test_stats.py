@@ -130,7 +130,7 @@ def test_rows_are_those_of_training(stats, write_lines, tokenizer, max_seq_len):
 def test_conversations_are_cut_in_slabs_as_in_one(stats, write_lines, monkeypatch):
     path = write_lines(*(chat("问" * i, "答" * (100 - i)) for i in range(1, 100)))
     whole = stats(path, "--max_seq_len", "64")["packed"]
-    monkeypatch.setattr("minimind.data.stats.CUT_TOGETHER", 7)
+    monkeypatch.setattr("minimind.data.segments.DOCUMENTS_TOGETHER", 7)
     assert stats(path, "--max_seq_len", "64")["packed"] == whole
 
 
