@@ -1,14 +1,16 @@
 """How fast a JSONL file becomes packed rows beside `datasets`, and in how much memory.
 
     python -m benchmarks.prepare_speed dataset/pretrain_hq.jsonl
+    python -m benchmarks.prepare_speed --rounds 0                    the memory alone: 5 minutes at 16 MB/s
 
 First the whole way from the file to rows, in turn with what users of `datasets` write: `load_dataset`, a
 `map` that tokenises, a `map` that joins and cuts. Ours hashes, checks every record and keeps documents apart
 besides. Every round begins with an empty cache folder; imports are not counted. Beside them stands the
 `tokenizers` library alone, given texts in memory on all cores.
 
-Then our memory, with files of growing size: the lines of the given one again and again, each with its number
-in front. Memory is that of this process and its workers, pages they share counted once, at the worst moment.
+Then our memory while tokenising and while packing, with files of growing size: the first 100 MB of the given
+one again and again, each line with its number in front. Memory is that of this process and its workers, pages
+they share counted once, at the worst moment. Before each file it is said how long it will take.
 """
 
 from __future__ import annotations
@@ -48,32 +50,51 @@ PEERS = {  # what encodes, and in how many processes
 @dataclass(frozen=True)
 class BenchmarkOptions:
     path: Path = flag(DATASET_DIR / "pretrain_hq.jsonl", "JSONL file of texts", positional=True)
-    rounds: int = flag(3, "times that each prepares the file, after one that is not counted")
-    sizes_gb: tuple[float, ...] = flag((0.1, 0.25, 1.0, 4.0), "sizes of the generated files in GB")
+    rounds: int = flag(
+        3, "times that each prepares the file, after one that is not counted; 0: no comparison"
+    )
+    sizes_gb: tuple[float, ...] = flag((0.1, 0.5, 4.0), "sizes of the generated files in GB")
     max_seq_len: int = flag(512, "length of a row in tokens")
-    work_dir: Path = flag(Path(), "folder on a disk with room for the largest file and its tokens")
-    json: Path = flag(ROOT / "benchmarks/results/prepare_speed.json", "where the results are written")
+    work_dir: Path = flag(
+        Path(tempfile.gettempdir()), "folder on a disk with room for the largest file and its tokens"
+    )
+    json: Path = flag(
+        ROOT / "benchmarks/results/prepare_speed.json",
+        "where the comparison is written; the memory goes to prepare_memory.json and .svg beside it",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(BenchmarkOptions, argv, __doc__)
     if not options.path.is_file():
         raise UserError(f"there is no {options.path}; name a JSONL file of texts")
+    if options.rounds < 0:
+        raise UserError(f"--rounds is {options.rounds}; it must be 0 or more")
+    if min(options.sizes_gb) <= 0:
+        raise UserError(f"--sizes_gb has {min(options.sizes_gb):g}; sizes must be above 0")
     check_room(options.work_dir, max(options.sizes_gb))
     with tempfile.TemporaryDirectory(dir=options.work_dir.absolute()) as name:
-        folder = Path(name)
-        rates = rates_in_turn(rivals(options, folder), options.rounds)
-        sizes = []
-        for gigabytes in options.sizes_gb:
-            sizes.append(measure_generated(options.path, gigabytes, options.max_seq_len, folder))
-            shown = sizes[-1]
-            print(
-                f"{shown['file_mb']:,.0f} MB: {shown['mb_per_s']:.1f} MB/s of text, "
-                f"{shown['peak_memory_mb']:,.0f} MB of memory",
-                flush=True,
-            )
-    report(options, rates, sizes)
+        if options.rounds:
+            report_speed(options, rates_in_turn(rivals(options, Path(name)), options.rounds))
+        report_memory(options, measured_sizes(options, Path(name)))
     return 0
+
+
+def measured_sizes(options: BenchmarkOptions, folder: Path) -> list[dict[str, Any]]:
+    sizes: list[dict[str, Any]] = []
+    for gigabytes in options.sizes_gb:
+        if sizes:  # time is proportional to size
+            seconds = sizes[-1]["seconds_in_all"] / sizes[-1]["file_mb"] * 1000 * gigabytes
+            print(f"{1000 * gigabytes:,.0f} MB: about {seconds:,.0f} s to go", flush=True)
+        sizes.append(measure_generated(options.path, gigabytes, options.max_seq_len, folder))
+        shown = sizes[-1]
+        print(
+            f"{shown['file_mb']:,.0f} MB: {shown['mb_per_s']:.1f} MB/s of text; memory "
+            f"{shown['prepare_peak_mb']:,.0f} MB to tokenise, {shown['pack_peak_mb']:,.0f} MB to pack; "
+            f"{shown['seconds_in_all']:,.0f} s",
+            flush=True,
+        )
+    return sizes
 
 
 def rivals(options: BenchmarkOptions, folder: Path) -> dict[str, Work]:
@@ -127,8 +148,8 @@ def tokenizers_alone(path: Path, records: int = 10_000) -> Work:
     return work
 
 
-def report(options: BenchmarkOptions, rates: dict[str, list[float]], sizes: list[dict[str, Any]]) -> None:
-    """Print both comparisons, draw the memory, and write all beside the machine it was measured on."""
+def report_speed(options: BenchmarkOptions, rates: dict[str, list[float]]) -> None:
+    """Print the comparison, and write it beside the machine it was measured on."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratio = medians[OURS] / max(medians[name] for name in PEERS)
     table = Table("", "MB/s of text", "times ours", title=f"{options.path.name} to rows")
@@ -137,31 +158,41 @@ def report(options: BenchmarkOptions, rates: dict[str, list[float]], sizes: list
     Console().print(table)
     met = "met" if ratio >= GOAL else "missed"
     print(f"{ratio:.2f} times as fast as the fastest way with datasets (goal: {GOAL:g}, {met})")
-
-    table = Table("file", "MB/s of text", "memory while tokenising", "while packing")
-    for size in sizes:
-        peaks = (f"{size[name]:,.0f} MB" for name in ("prepare_peak_mb", "pack_peak_mb"))
-        table.add_row(f"{size['file_mb']:,.0f} MB", f"{size['mb_per_s']:.1f}", *peaks)
-    Console().print(table)
-    panel = Panel(
-        "Preparation of a data file",
-        "size of the file, MB",
-        [size["file_mb"] for size in sizes],
-        Line("peak memory, MB", [size["peak_memory_mb"] for size in sizes]),
-        Line("MB of text a second", [size["mb_per_s"] for size in sizes]),
-    )
-    draw(options.json.with_name("prepare_memory.svg"), [panel], columns=1)
     results = {
         "data": options.path.name,
         "max_seq_len": options.max_seq_len,
         "mb_per_s": rates,
         "ratio": ratio,
         "goal": GOAL,
-        "sizes": sizes,
     }
+    write_results(options.json, f"python -m benchmarks.prepare_speed --rounds {options.rounds}", results)
+
+
+def report_memory(options: BenchmarkOptions, sizes: list[dict[str, Any]]) -> None:
+    """Print and draw the memory of both parts, and write it beside the machine it was measured on."""
+    table = Table("file", "MB/s of text", "memory while tokenising", "while packing", "packing")
+    for size in sizes:
+        peaks = (f"{size[name]:,.0f} MB" for name in ("prepare_peak_mb", "pack_peak_mb"))
+        table.add_row(
+            f"{size['file_mb']:,.0f} MB", f"{size['mb_per_s']:.1f}", *peaks, f"{size['pack_s']:.1f} s"
+        )
+    Console().print(table)
+
+    panels = [
+        Panel(
+            title,
+            "size of the file, MB",
+            [size["file_mb"] for size in sizes],
+            Line("peak memory, MB", [size[f"{part}_peak_mb"] for size in sizes]),
+            Line("seconds", [size[f"{part}_s"] for size in sizes]),
+        )
+        for title, part in (("Tokenising", "prepare"), ("Packing", "pack"))
+    ]
+    path = options.json.with_name("prepare_memory.json")
+    draw(path.with_suffix(".svg"), panels, columns=2)
     sizes_gb = " ".join(f"{size:g}" for size in options.sizes_gb)
-    command = f"python -m benchmarks.prepare_speed --rounds {options.rounds} --sizes_gb {sizes_gb}"
-    write_results(options.json, command, results)
+    results = {"data": options.path.name, "max_seq_len": options.max_seq_len, "sizes": sizes}
+    write_results(path, f"python -m benchmarks.prepare_speed --rounds 0 --sizes_gb {sizes_gb}", results)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ T = TypeVar("T")
 INTERVAL = 0.1  # seconds
 
 
-def with_peak_memory(work: Callable[[], T]) -> tuple[T, int]:
-    """What `work` returns, and the most bytes that were used meanwhile."""
+def with_peak_memory(work: Callable[[], T], interval: float = INTERVAL) -> tuple[T, int]:
+    """What `work` returns, and the most bytes in use meanwhile, looked at every `interval` seconds."""
     peak, done = used_bytes(), threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(INTERVAL):
+        while not done.wait(interval):
             peak = max(peak, used_bytes())
 
     watcher = threading.Thread(target=watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections import namedtuple
@@ -59,11 +60,39 @@ def test_a_small_run(data, tmp_path, monkeypatch):
     assert all(len(rates) == 1 and rates[0] > 0 for rates in results["mb_per_s"].values())
     rates = results["mb_per_s"]
     assert results["ratio"] == pytest.approx(rates[OURS][0] / rates[one][0])
+    check_sizes(path.with_name("prepare_memory.json"))
+
+
+def check_sizes(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
     assert [size["file_mb"] for size in results["sizes"]] == pytest.approx([0.1, 0.2], abs=5e-4)
     for size in results["sizes"]:
         assert size["peak_memory_mb"] == max(size["prepare_peak_mb"], size["pack_peak_mb"]) > 20
         assert size["tokens"] > size["documents"] > 0
-    assert "<svg" in path.with_name("prepare_memory.svg").read_text(encoding="utf-8")
+        assert size["seconds_in_all"] > size["prepare_s"] + size["pack_s"]
+    drawn = path.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "<svg" in drawn
+    assert "Tokenising" in drawn
+    assert "Packing" in drawn
+
+
+def test_the_memory_alone(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_speed, "rivals", None)
+    path = tmp_path / "prepare.json"
+    flags = ["--rounds", "0", "--sizes_gb", "0.0001", "0.0002", "--work_dir", str(tmp_path)]
+    assert main([str(data), *flags, "--json", str(path)]) == 0
+    assert not path.exists()
+    check_sizes(path.with_name("prepare_memory.json"))
+    assert re.search(r"^0 MB: about \d+ s to go$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("--rounds -1", "--rounds is -1; it must be 0 or more"), ("--sizes_gb 1 0", "sizes must be above 0")],
+)
+def test_numbers_that_make_no_sense(data, flags, said):
+    with pytest.raises(UserError, match=said):
+        main([str(data), *flags.split()])
 
 
 def test_what_is_counted_is_what_the_file_holds(data, tmp_path):
