@@ -122,7 +122,7 @@ def cut_to_fill(counts: np.ndarray, capacity: int) -> Counter[Pieces]:
     Only stretches that all have about the same awkward length would leave much of the rows empty. Then as
     many as it takes are cut.
     """
-    cuts = Counter({(int(length),): int(counts[length]) for length in np.flatnonzero(counts)})
+    cuts = uncut(counts)
     positions = int(counts @ np.arange(len(counts)))
     for _ in range(4):  # once is nearly always enough
         rows = pack(pieces_in(cuts, capacity), capacity)
@@ -130,6 +130,11 @@ def cut_to_fill(counts: np.ndarray, capacity: int) -> Counter[Pieces]:
             break
         _cut_further(cuts, _pour(rows, capacity))
     return +cuts
+
+
+def uncut(counts: np.ndarray) -> Counter[Pieces]:
+    """`counts[n]` stretches of each length n, all left whole."""
+    return Counter({(int(length),): int(counts[length]) for length in np.flatnonzero(counts)})
 
 
 def pieces_in(cuts: Counter[Pieces], capacity: int) -> np.ndarray:
@@ -157,16 +162,15 @@ def _pour(rows: Rows, capacity: int) -> Counter[tuple[int, Pieces]]:
             poured[length] += taken
         if space and taken < n:
             gaps.append((space, n - taken))
-    return _into_gaps(poured, gaps[::-1], smallest)
+    return _into_gaps(poured, gaps[::-1])
 
 
-def _into_gaps(
-    poured: Counter[int], gaps: list[tuple[int, int]], smallest: int
-) -> Counter[tuple[int, Pieces]]:
+def _into_gaps(poured: Counter[int], gaps: list[tuple[int, int]]) -> Counter[tuple[int, Pieces]]:
     """Fill `gaps`, the last first, with the `poured` stretches, each cut where a gap is full."""
     cut: Counter[tuple[int, Pieces]] = Counter()
     # (length, pieces cut off, rest, how many), the longest last
-    waiting = [(length, (), length, n) for length, n in sorted(poured.items()) if n]
+    waiting: list[tuple[int, Pieces, int, int]] = []
+    waiting += [(length, (), length, n) for length, n in sorted(poured.items()) if n]
     while waiting and gaps:
         length, pieces, rest, n = waiting.pop()
         gap, rows = gaps.pop()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minimind.data.holdout import AllBut
-from minimind.data.packing import Pieces, count_up, cut_to_fill, pieces_in
+from minimind.data.packing import Pieces, count_up, cut_to_fill, pieces_in, uncut
 from minimind.data.store import TokenStore
 
 DOCUMENTS_TOGETHER = 1 << 14  # even, for the two of a pair
@@ -77,7 +77,7 @@ def make_segments(
     if store.kind == "preference":
         parts = partial(whole_pairs, store, documents, max_seq_len)
         report.documents //= 2
-    elif store.weights is None:
+    elif store.kind == "pretrain":
         parts = partial(split_texts, store, documents, max_seq_len)
     else:
         kept = positions_kept(store, documents, max_seq_len, eos_id, report)
@@ -87,9 +87,7 @@ def make_segments(
         counts += np.bincount(part.lengths, minlength=len(counts))
     if store.kind == "preference":
         report.dropped = report.documents - int(counts.sum())
-    cuts = Counter({(length,): int(n) for length, n in enumerate(counts) if n})
-    if store.kind == "pretrain":
-        cuts = cut_to_fill(counts, max_seq_len)
+    cuts = cut_to_fill(counts, max_seq_len) if store.kind == "pretrain" else uncut(counts)
     return put_in_order(parts(), counts, cuts, store, report), report
 
 
