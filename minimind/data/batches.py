@@ -127,6 +127,7 @@ class PackedDataset:
         )
         for i, (starts, lengths) in enumerate(drawn):
             self._fill(arrays, i, starts, lengths)
+        self.store.release()  # another batch needs other pages
         arrays.targets_at = np.flatnonzero(arrays.loss_mask)
         return arrays._map(torch.from_numpy)
 

@@ -164,6 +164,7 @@ def whole_pairs(store: TokenStore, documents: Documents, max_seq_len: int) -> It
         lengths = store.offsets[chosen + 2] - starts - 2  # positions: the last token of each has no label
         fits = lengths <= max_seq_len
         yield Stretches(starts[fits], lengths[fits], chosen[fits])
+        store.release()
 
 
 def slabs(store: TokenStore, documents: Documents) -> Iterator[np.ndarray]:

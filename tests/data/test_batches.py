@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minimind.data.batches import Batch, PackedDataset, prefetch
+from minimind.data.batches import Batch, PackedDataset, PairDataset, prefetch
+from minimind.data.encode import EncodedBlock
+from minimind.data.holdout import split_holdout
 from minimind.data.prepare import prepare
-from minimind.data.store import TokenStore
+from minimind.data.store import StoreWriter, TokenStore
 
 TEXTS = [{"text": "白日依山尽，黄河入海流。" * (n % 7 + 1) + str(n)} for n in range(40)]
 CHATS = [
@@ -171,6 +175,50 @@ def test_no_documents_no_rows(texts, chats):
     for store in (texts, chats):
         data = dataset(store, documents=np.arange(0))
         assert (data.num_rows, data.padding_fraction) == (0, 1.0)
+
+
+def resident(folder: Path) -> int:
+    """Bytes of the files in `folder` that this process has in memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is in memory")
+@pytest.mark.parametrize("kind", ["pretrain", "conversation", "preference"])
+def test_no_page_of_the_store_stays_in_memory(tmp_path, kind):
+    """A run holds as much whatever the size of its file."""
+    documents, tokens = 4000, 1000
+    writer = StoreWriter(tmp_path / "store", {"kind": kind, "vocab_size": 6400})
+    ends = np.arange(documents * tokens) % tokens == tokens - 1
+    block = EncodedBlock(
+        tokens=np.where(ends, 2, 5).astype(np.uint16),
+        weights=None if kind == "pretrain" else np.ones(documents * tokens, np.uint8),
+        lengths=np.full(documents, tokens),
+        lines=np.arange(documents),
+        fingerprints=np.arange(documents, dtype=np.uint32).repeat(2)[:documents],
+        utf8_bytes=0,
+        bad_records=[],
+        position=0,
+    )
+    writer.add(block)
+    writer.finish()
+    store = TokenStore.open(tmp_path / "store")
+    assert store.tokens.max() == 5
+    assert resident(tmp_path) >= store.tokens.nbytes == 8_000_000
+    store.release()
+    for part in split_holdout(store):
+        rows = PairDataset if kind == "preference" else PackedDataset
+        data = rows(store, 2000, seed=0, pad_id=0, eos_id=2, documents=part)
+        assert resident(tmp_path) == 0
+        for row in range(0, data.num_rows, 200):
+            data.batch(0, row, 100)
+        assert resident(tmp_path) < 1_000_000
+    assert store.tokens[999] == 2
 
 
 def test_prefetch_gives_everything_in_order_and_stays_ahead():
