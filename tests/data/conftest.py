@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind.data import prepare as prepare_module
 from minimind.paths import ROOT
 from minimind.tokenizer import Tokenizer
 
@@ -41,3 +42,12 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[Path]:
+    """The stores that were built, not found."""
+    built = []
+    build = prepare_module._build
+    monkeypatch.setattr(prepare_module, "_build", lambda *args: (built.append(args[2]), build(*args)))
+    return built
