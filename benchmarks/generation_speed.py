@@ -23,11 +23,12 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.comparisons import generation, median_and_spread
+from benchmarks.side_by_side import write_results
 from minimind.chat.generate import generate_batch
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import SamplingOptions
 from minimind.config import PRESETS, ModelConfig
-from minimind.environment import environment
 from minimind.errors import run_cli
 from minimind.export.huggingface import transformers_config, transformers_state_dict
 from minimind.flags import flag, parse_flags
@@ -126,32 +127,29 @@ def weights_read(config: ModelConfig) -> int:
 
 def report(options: BenchmarkOptions, speeds: dict[str, list[float]], rate: float, weights: int) -> None:
     """Print the medians and write them beside the machine they were measured on."""
+    comparisons = generation(speeds)
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    best = {rows: max(medians[f"transformers {n} × {rows}"] for n in ("fp32", "bf16")) for rows in (1, MANY)}
     table = Table("", "tokens/s", "times transformers", "times one answer", "of the read rate")
     for name, median in medians.items():
         kind, _, rows = name.rpartition(" × ")
-        spread = f"{min(speeds[name]):,.0f}–{max(speeds[name]):,.0f}"
         precision = kind.split()[1]
         share = f"{BYTES[precision] * weights * median / rate:.0%}" if name.startswith("mini") else ""
         table.add_row(
             name,
-            f"{median:,.0f} ({spread})",
-            f"{median / best[int(rows)]:.2f}",
+            median_and_spread(speeds[name]),
+            f"{comparisons[int(rows)].times(kind).median:.2f}",
             f"{median / medians[f'{kind} × 1']:.2f}",
             share if rows == "1" else "",
         )
     Console().print(table)
     result = {
-        "command": f"python -m benchmarks.generation_speed --preset {options.preset}",
-        "machine": environment() | {"threads": torch.get_num_threads()},
+        "threads": torch.get_num_threads(),
         "read_bytes_per_s": rate,
         "weights_read_per_token": weights,
         "tokens_per_s": speeds,
         "options": {k: v for k, v in vars(options).items() if not isinstance(v, Path)},
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(options.json, options, result)
 
 
 if __name__ == "__main__":

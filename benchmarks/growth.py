@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import Line, Panel, draw
 from benchmarks.generated_files import measure_generated
+from benchmarks.pictures import draw_growth
 from benchmarks.side_by_side import write_results
 from minimind.data.records import read_records
 from minimind.environment import available_cores
@@ -242,18 +242,13 @@ def report(options: BenchmarkOptions, plan: Plan, axes: list[Axis]) -> None:
         "memory",
         title="Exponents of growth: over all points (over the last two)",
     )
-    panels = []
     for axis in axes:
         shown = (
             "{all:.2f} ({last_two:.2f})".format(**axis.exponents(value)) for value in ("seconds", "peak_mb")
         )
         fitted = [point for point in axis.points if point.fitted]
         table.add_row(axis.title, f"{fitted[0].name} … {fitted[-1].name}", *shown)
-        time = Line(axis.seconds_label, [point.seconds for point in fitted])
-        memory = Line("peak memory, MB", [point.peak_mb for point in fitted])
-        panels.append(Panel(axis.title, axis.x_label, [point.x for point in fitted], time, memory))
     Console().print(table)
-    draw(options.json.with_suffix(".svg"), panels, columns=2)
     results = {
         "compile": "0",
         "dry_run": options.dry_run,
@@ -266,8 +261,8 @@ def report(options: BenchmarkOptions, plan: Plan, axes: list[Axis]) -> None:
             for axis in axes
         ],
     }
-    command = f"python -m benchmarks.growth --steps {options.steps}"
-    write_results(options.json, command + " --dry_run 1" * options.dry_run, results)
+    draw_growth(options.json.with_suffix(".svg"), results)
+    write_results(options.json, options, results)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.comparisons import median_and_spread
 from benchmarks.own_steps import EPOCHS, OwnSteps
-from benchmarks.side_by_side import in_own_process, median_and_spread, write_results
+from benchmarks.side_by_side import in_own_process, write_results
 from minimind.config import PRESETS, ModelConfig, model_config
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
@@ -179,11 +180,9 @@ def report(options: BenchmarkOptions, steps: dict[str, list[Step]]) -> None:
         )
     Console().print(table)
     given = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
-    given_flags = f"--rows {options.rows} --rounds {options.rounds} --compile {options.compile}"
-    command = f"python -m benchmarks.moe_speed {given_flags}"
     write_results(
         options.json,
-        command,
+        options,
         {
             "rivals": results,
             "threads": torch.get_num_threads(),

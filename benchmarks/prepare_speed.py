@@ -16,7 +16,6 @@ they share counted once, at the worst moment. Before each file it is said how lo
 from __future__ import annotations
 
 import itertools
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.comparisons import OURS, median_and_spread, preparation
 from benchmarks.datasets_peer import datasets_rows
-from benchmarks.figures import Line, Panel, draw
 from benchmarks.generated_files import check_room, measure_generated, packed_rows
-from benchmarks.side_by_side import Work, in_own_process, median_and_spread, rates_in_turn, write_results
+from benchmarks.side_by_side import Work, in_own_process, rates_in_turn, write_results
 from minimind.data.prepare import prepare
 from minimind.data.records import read_records
 from minimind.environment import available_cores
@@ -39,7 +38,7 @@ from minimind.paths import DATASET_DIR, ROOT
 from minimind.tokenizer import Tokenizer
 
 GOAL = 3.0  # times as fast as the fastest way with `datasets`
-OURS, ALONE = "minimind", "tokenizers alone, texts in memory"
+ALONE = "tokenizers alone, texts in memory"
 PEERS = {  # what encodes, and in how many processes
     "datasets.map, transformers": ("transformers", available_cores()),
     "datasets.map, tokenizers": ("tokenizers", available_cores()),
@@ -60,7 +59,7 @@ class BenchmarkOptions:
     )
     json: Path = flag(
         ROOT / "benchmarks/results/prepare_speed.json",
-        "where the comparison is written; the memory goes to prepare_memory.json and .svg beside it",
+        "where the comparison is written; the memory goes to prepare_memory.json beside it",
     )
 
 
@@ -150,11 +149,11 @@ def tokenizers_alone(path: Path, records: int = 10_000) -> Work:
 
 def report_speed(options: BenchmarkOptions, rates: dict[str, list[float]]) -> None:
     """Print the comparison, and write it beside the machine it was measured on."""
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratio = medians[OURS] / max(medians[name] for name in PEERS)
-    table = Table("", "MB/s of text", "times ours", title=f"{options.path.name} to rows")
-    for name, median in medians.items():
-        table.add_row(name, median_and_spread(rates[name], 1), f"{median / medians[OURS]:.2f}")
+    comparison = preparation(rates, GOAL)
+    ratio = comparison.times(OURS).median
+    table = Table("", "MB/s of text", "times the fastest datasets", title=f"{options.path.name} to rows")
+    for name, values in rates.items():
+        table.add_row(name, median_and_spread(values, 1), f"{comparison.times(name).median:.2f}")
     Console().print(table)
     met = "met" if ratio >= GOAL else "missed"
     print(f"{ratio:.2f} times as fast as the fastest way with datasets (goal: {GOAL:g}, {met})")
@@ -165,11 +164,11 @@ def report_speed(options: BenchmarkOptions, rates: dict[str, list[float]]) -> No
         "ratio": ratio,
         "goal": GOAL,
     }
-    write_results(options.json, f"python -m benchmarks.prepare_speed --rounds {options.rounds}", results)
+    write_results(options.json, options, results)
 
 
 def report_memory(options: BenchmarkOptions, sizes: list[dict[str, Any]]) -> None:
-    """Print and draw the memory of both parts, and write it beside the machine it was measured on."""
+    """Print the memory of both parts, and write it beside the machine it was measured on."""
     table = Table("file", "MB/s of text", "memory while tokenising", "while packing", "packing")
     for size in sizes:
         peaks = (f"{size[name]:,.0f} MB" for name in ("prepare_peak_mb", "pack_peak_mb"))
@@ -177,22 +176,8 @@ def report_memory(options: BenchmarkOptions, sizes: list[dict[str, Any]]) -> Non
             f"{size['file_mb']:,.0f} MB", f"{size['mb_per_s']:.1f}", *peaks, f"{size['pack_s']:.1f} s"
         )
     Console().print(table)
-
-    panels = [
-        Panel(
-            title,
-            "size of the file, MB",
-            [size["file_mb"] for size in sizes],
-            Line("peak memory, MB", [size[f"{part}_peak_mb"] for size in sizes]),
-            Line("seconds", [size[f"{part}_s"] for size in sizes]),
-        )
-        for title, part in (("Tokenising", "prepare"), ("Packing", "pack"))
-    ]
-    path = options.json.with_name("prepare_memory.json")
-    draw(path.with_suffix(".svg"), panels, columns=2)
-    sizes_gb = " ".join(f"{size:g}" for size in options.sizes_gb)
     results = {"data": options.path.name, "max_seq_len": options.max_seq_len, "sizes": sizes}
-    write_results(path, f"python -m benchmarks.prepare_speed --rounds 0 --sizes_gb {sizes_gb}", results)
+    write_results(options.json.with_name("prepare_memory.json"), options, results)
 
 
 if __name__ == "__main__":

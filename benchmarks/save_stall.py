@@ -8,9 +8,7 @@ steps as measured, and for the default step (128 rows) and interval (100 steps).
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,8 +16,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.side_by_side import write_results
 from minimind.config import PRESETS
-from minimind.environment import environment
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, ROOT
@@ -85,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = pretrain.PretrainOptions()
     default_step = step * default.rows_per_step / options.rows
     results = {
-        "command": "python -m benchmarks.save_stall " + " ".join(sys.argv[1:]),
-        "machine": environment(),
         "checkpoint_mb": size / 1e6,
         "step_s": step,
         "copy_s": statistics.median(blocked),
@@ -95,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stall_share_every_100_such_steps": stall / (100 * step),
         "stall_share_at_defaults": stall / (default.save_interval * default_step),
     }
-    options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(options.json, options, results)
     shares = (results["stall_share_every_100_such_steps"], results["stall_share_at_defaults"])
     print(f"a checkpoint of {size / 1e6:.0f} MB is written in {results['write_s']:.2f} s")
     print(f"training stands still for {stall:.2f} s: {shares[0]:.2%} of 100 steps of {options.rows} rows")

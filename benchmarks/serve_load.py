@@ -232,9 +232,7 @@ def report(results: dict[str, Any], options: LoadOptions) -> None:
     print(f"{options.requests} answers, {options.streams} at a time: {counts}")
     given = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
     weights = "trained" if options.out_dir else "random"
-    folder = "--out_dir DIR " if options.out_dir else ""
-    command = f"python -m benchmarks.serve_load {folder}--preset {options.preset}"
-    write_results(options.json, command, {"options": given | {"weights": weights}} | results)
+    write_results(options.json, options, {"options": given | {"weights": weights}} | results)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,22 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks import readme
 from minimind.environment import environment
 from minimind.errors import UserError
+from minimind.files import write_text
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Work = Callable[..., Any]  # does a piece of work and returns how much that was, in tokens for instance
 
@@ -80,15 +86,26 @@ def notes(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def median_and_spread(values: list[float], digits: int = 0) -> str:
-    median, least, most = (
-        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
-    )
-    return f"{median} ({least}–{most})"
+def write_results(path: Path, options: DataclassInstance, results: dict[str, Any]) -> None:
+    """The command, the machine and what was measured, as JSON; among the results, for the READMEs too."""
+    told = {"command": command_line(options), "machine": environment()}
+    write_text(path, json.dumps(told | results, indent=2, ensure_ascii=False) + "\n")
+    if path.resolve().parent == readme.RESULTS:
+        readme.refresh()
 
 
-def write_results(path: Path, command: str, results: dict[str, Any]) -> None:
-    """The command, the machine and what was measured, as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"command": command, "machine": environment()} | results, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def command_line(options: DataclassInstance) -> str:
+    """The command that was given these options, without the paths of this machine."""
+    module = sys.modules[type(options).__module__].__spec__.name  # which `__main__` has, too
+    words = [f"python -m {module.removesuffix('.__main__')}"]
+    for item in fields(options):
+        value = getattr(options, item.name)
+        name = "" if item.metadata["positional"] else f"--{item.name} "
+        if isinstance(value, Path):
+            if item.name != "json" and value != item.default:
+                words.append(f"{name}{item.name.upper()}")
+        elif isinstance(value, list | tuple):
+            words.append(f"{name}{' '.join(map(str, value))}")
+        elif value is not None and value is not False:
+            words.append(f"{name}{1 if value is True else value}")
+    return " ".join(words)

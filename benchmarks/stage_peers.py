@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from benchmarks.comparisons import median_and_spread, stages
 from benchmarks.own_steps import EPOCHS, OwnSteps
 from benchmarks.side_by_side import (
     Work,
     in_own_process,
-    median_and_spread,
     note,
     notes,
     rates_in_turn,
@@ -83,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = {stage: find_data(options.data_dir, STAGES[stage][0]) for stage in options.stages}
     results = {stage: measure(stage, path, options) for stage, path in paths.items()}
     report(results)
-    given = [n for n in ("preset", "max_seq_len", "rows", "rounds", "compile") if getattr(options, n)]
-    flags = " ".join(f"--{name} {getattr(options, name)}" for name in given)
-    command = f"python -m benchmarks.stage_peers --stages {' '.join(options.stages)} {flags}"
-    write_results(options.json, command, {"preset": options.preset, "stages": results})
+    write_results(options.json, options, {"preset": options.preset, "stages": results})
     return 0
 
 
@@ -220,15 +217,14 @@ def begin(steps: OwnSteps) -> float:
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:
-    table = Table("", "", "useful tokens/s", "times the slowest", "a step", "peak memory")
-    for stage, found in results.items():
-        medians = {rival: statistics.median(r["tokens_per_s"]) for rival, r in found["rivals"].items()}
-        for rival, shown in found["rivals"].items():
+    table = Table("", "", "useful tokens/s", "times the peer", "a step", "peak memory")
+    for stage, comparison in stages(results).items():
+        for rival, shown in results[stage]["rivals"].items():
             table.add_row(
                 stage,
                 rival,
                 median_and_spread(shown["tokens_per_s"]),
-                f"{medians[rival] / min(medians.values()):.2f}",
+                f"{comparison.times(rival).median:.2f}",
                 f"{shown['step_s']:.2f} s",
                 f"{shown['peak_gb']:.2f} GB",
             )

@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.side_by_side import write_results
 from minimind.config import PRESETS
-from minimind.environment import environment
 from minimind.errors import UserError, run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, ROOT
@@ -124,14 +124,7 @@ def report(options: BenchmarkOptions, results: dict[str, dict[str, Any]]) -> Non
         speed, memory = f"{result['tokens_per_s']:,.0f}", f"{result['peak_gb']:.2f} GB"
         table.add_row(stage, result["data"], speed, memory, losses)
     Console().print(table)
-    written = {
-        "command": f"python -m benchmarks.stage_speed --preset {options.preset} --steps {options.steps}",
-        "machine": environment(),
-        "teacher": options.teacher,
-        "stages": results,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_results(options.json, options, {"teacher": options.teacher, "stages": results})
 
 
 if __name__ == "__main__":

@@ -128,8 +128,7 @@ def report(
         "first_step_parts_s": parts,
         "goals_s": {"help": HELP_GOAL, "first_step": FIRST_STEP_GOAL},
     }
-    command = f"python -m benchmarks.startup --preset {options.preset} --batch_size {options.batch_size}"
-    write_results(options.json, f"{command} --rounds {options.rounds}", results)
+    write_results(options.json, options, results)
 
 
 def verdict(seconds: float, goal: float) -> str:

@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.comparisons import OURS, RECIPE, Point, races
 from benchmarks.own_steps import EPOCHS, OwnSteps
 from benchmarks.peers.recipe import OriginalRecipe, encoded_records
+from benchmarks.pictures import draw_quality
 from benchmarks.side_by_side import Work, in_own_process, write_results
 from minimind.data.batches import PackedDataset
 from minimind.errors import run_cli
@@ -58,14 +59,6 @@ class BenchmarkOptions:
     json: Path = flag(ROOT / "benchmarks/results/time_to_quality.json", "where the results are written")
 
 
-class Point(NamedTuple):
-    """A place on a learning curve."""
-
-    seconds: float
-    tokens: int  # useful ones
-    bits_per_byte: float
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(BenchmarkOptions, argv, __doc__)
     curves = {preset: learning_curves(replace(options, presets=(preset,))) for preset in options.presets}
@@ -75,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def learning_curves(options: BenchmarkOptions) -> dict[str, list[Point]]:
     budget = options.minutes * 60
-    seconds = {"original's recipe": budget, "minimind": budget * options.part}
+    seconds = {RECIPE: budget, OURS: budget * options.part}
     with tempfile.TemporaryDirectory() as folder:
         works = {}
-        for name, prepare in (("original's recipe", original), ("minimind", minimind)):
+        for name, prepare in ((RECIPE, original), (OURS, minimind)):
             works[name] = in_own_process(prepare, options, seconds[name], Path(folder) / prepare.__name__)
             works[name](0.0)  # prepared before the other begins
         curves: dict[str, list[Point]] = {name: [] for name in works}
@@ -172,36 +165,16 @@ def quality(model: MiniMind, trainer: Trainer) -> float:
     return bits_per_byte(model, held_out, trainer.tokenizer, trainer.parallel, 8, rows).bits_per_byte
 
 
-def seconds_to(curve: list[Point], bits_per_byte: float) -> float | None:
-    """When `curve` is first at or below; straight between its points. None: never."""
-    before = None
-    for point in curve:
-        if point.bits_per_byte <= bits_per_byte:
-            if before is None:
-                return point.seconds
-            part = (before.bits_per_byte - bits_per_byte) / (before.bits_per_byte - point.bits_per_byte)
-            return before.seconds + part * (point.seconds - before.seconds)
-        before = point
-    return None
-
-
 def report(options: BenchmarkOptions, curves: dict[str, dict[str, list[Point]]]) -> None:
     """Print when each preset got there, draw the curves and write them."""
     table = Table("preset", "bits per byte of the recipe", "its time", "ours", "share")
     shares = {}
-    for preset, pair in curves.items():
-        recipe, ours = pair["original's recipe"], pair["minimind"]
-        goal = recipe[-1].bits_per_byte
-        # What the recipe itself needed for it, in case it got worse at the end.
-        needed, found = seconds_to(recipe, goal), seconds_to(ours, goal)
-        shares[preset] = found and found / needed
-        reached = f"{found:,.0f} s" if found else f"not reached: {ours[-1].bits_per_byte:.3f}"
-        share = f"{shares[preset]:.0%}" if found else ""
-        table.add_row(preset, f"{goal:.3f}", f"{needed:,.0f} s", reached, share)
+    for preset, race in races(curves):
+        shares[preset] = race.share
+        reached = f"{race.seconds:,.0f} s" if race.seconds else f"not reached: {race.last.bits_per_byte:.3f}"
+        share = f"{race.share:.0%}" if race.share else ""
+        table.add_row(preset, f"{race.goal:.3f}", f"{race.recipe_seconds:,.0f} s", reached, share)
     Console().print(table)
-    named = ("minutes", "part", "evaluations", "rows", "recipe_rows", "compile")
-    flags = " ".join(f"--{name} {getattr(options, name)}" for name in named)
-    command = f"python -m benchmarks.time_to_quality --presets {' '.join(options.presets)} {flags}"
     results = {
         "data": options.data_path.name,
         "held_out": options.eval_path.name,
@@ -211,23 +184,8 @@ def report(options: BenchmarkOptions, curves: dict[str, dict[str, list[Point]]])
             for preset, pair in curves.items()
         },
     }
-    write_results(options.json, command, results)
-    draw(curves, options.json.with_suffix(".svg"))
-
-
-def draw(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
-    for axes, (preset, pair) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
-        for name, curve in pair.items():
-            axes.plot([p.seconds / 60 for p in curve], [p.bits_per_byte for p in curve], label=name)
-        axes.axhline(pair["original's recipe"][-1].bits_per_byte, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=preset, xlabel="minutes of training", ylabel="bits per byte, held out")
-        axes.legend()
-    figure.savefig(path)
+    write_results(options.json, options, results)
+    draw_quality(options.json.with_suffix(".svg"), results)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.comparisons import RECIPE, median_and_spread, training
 from benchmarks.own_steps import EPOCHS, OwnSteps
 from benchmarks.peers.litgpt_peer import check_python, litgpt_steps
 from benchmarks.peers.recipe import padded_fp32
 from benchmarks.side_by_side import (
     Work,
     in_own_process,
-    median_and_spread,
     note,
     notes,
     rates_in_turn,
@@ -52,7 +52,6 @@ from minimind.train.monitor import matmul_rate
 DATA: dict[str, Kind] = {"pretrain_hq": "pretrain", "sft_mini_512": "conversation"}
 BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 2)}  # rows in a pass, passes in a step
 AHEAD = 2  # steps whose rows `prefetch` has made before they are asked for
-RECIPE = "original's recipe"
 NO_LITGPT = "not measured: no --litgpt_python"
 
 
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.profile:
         written["profile"] = profiled(found)
     report(results, written.get("profile"))
-    write_results(options.json, command(options), written)
+    write_results(options.json, options, written)
     return 0
 
 
@@ -111,15 +110,6 @@ def settings(options: BenchmarkOptions) -> list[Setting]:
             for name, path in paths.items()
         ]
     return found
-
-
-def command(options: BenchmarkOptions) -> str:
-    flags = [f"--{name} {getattr(options, name)}" for name in ("max_seq_len", "rounds", "compile")]
-    if options.batch_size:
-        flags.append(f"--batch_size {options.batch_size}")
-    if options.litgpt_python:
-        flags.append("--litgpt_python PYTHON")
-    return " ".join(["python -m benchmarks.train_speed --presets", *options.presets, *flags])
 
 
 def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
@@ -179,13 +169,10 @@ def minimind(setting: Setting, folder: Path) -> Work:
 
 
 def waiting_share(steps: OwnSteps) -> float:
-    """Share of the time that steps in a row wait for their rows, but for those whose rows are there."""
-    waited = took = 0.0
-    for number in range(AHEAD + 3):
+    """Share of a step that waits for its rows, right after the steps whose rows were there before."""
+    for _ in range(AHEAD + 1):
         steps.step()
-        if number >= AHEAD:
-            waited, took = waited + steps.waited, took + steps.took
-    return waited / took
+    return steps.waited / steps.took
 
 
 def own_steps(setting: Setting, folder: Path, compile: str) -> OwnSteps:
@@ -219,17 +206,15 @@ def report(results: list[dict[str, Any]], profile: dict[str, Any] | None) -> Non
     table = Table(
         "", "data", "", "useful tokens/s", "times the recipe", "of the bf16 matmul rate", "waiting for data"
     )
-    for result in results:
-        rates = result["tokens_per_s"]
-        for rival, values in rates.items():
-            times = statistics.median(values) / statistics.median(rates[RECIPE])
+    for result, comparison in zip(results, training(results), strict=True):
+        for rival, values in comparison.rates.items():
             own = [f"{result[share]:.1%}" for share in ("of_matmul_rate", "waiting_for_data")]
             table.add_row(
                 result["preset"],
                 result["data"],
                 rival,
                 median_and_spread(values),
-                f"{times:.2f}",
+                f"{comparison.times(rival).median:.2f}",
                 *(own if rival == "minimind" else ()),
             )
         if result["litgpt"]:

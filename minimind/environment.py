@@ -22,6 +22,8 @@ def environment() -> dict[str, object]:
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
     }
+    if bf16 := [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]:
+        found["bf16"] = ", ".join(bf16)  # instructions for its products
     if torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     return found

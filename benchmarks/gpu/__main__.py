@@ -11,9 +11,7 @@ attention out, and is given against the measured rate of bf16 products and again
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from typing import Any
 from benchmarks.gpu.data import RECORDS, write_data
 from benchmarks.gpu.jobs import caught, in_own_process
 from benchmarks.gpu.report import card_of, show, with_shares
+from benchmarks.side_by_side import write_results
 from minimind.environment import environment
 from minimind.errors import UserError, run_cli
 from minimind.flags import flag, parse_flags
@@ -59,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = measure_all(options, Path(folder), began + 60 * options.minutes)
     card = card_of(options.device)
     results = {
-        "command": f"python -m benchmarks.gpu {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
         "card": card,
         "machine": environment() | versions(),
         "data": origins,
@@ -67,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": time.perf_counter() - began,
         **with_shares(results, card),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_results(options.json, options, results)
     show(results)
     return 0 if not failures(results) else 1
 

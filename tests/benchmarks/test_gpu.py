@@ -69,7 +69,7 @@ def test_every_check_is_made_and_passes(results):
 
 
 def test_which_machine_it_was(results):
-    assert results["command"].startswith("python -m benchmarks.gpu --device cpu --dry_run 1")
+    assert results["command"].startswith("python -m benchmarks.gpu --data_dir DATA_DIR --device cpu")
     assert results["card"]
     assert results["machine"]["PyTorch"] == torch.__version__
     assert results["dry_run"] is True

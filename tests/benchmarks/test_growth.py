@@ -58,7 +58,7 @@ def test_every_axis_is_measured_and_fitted(data, tmp_path, monkeypatch):
     assert len(set(runs)) == len(runs) == 4  # what two axes share is run once
 
     results = json.loads(path.read_text(encoding="utf-8"))
-    assert results["command"] == "python -m benchmarks.growth --steps 3 --dry_run 1"
+    assert results["command"] == "python -m benchmarks.growth --data_path DATA_PATH --steps 3 --dry_run 1"
     lengths, models, files, processes = (axis["exponents"]["seconds"]["all"] for axis in results["axes"])
     assert (lengths, models, processes) == pytest.approx((2, 1, 1))
     assert results["axes"][1]["exponents"]["peak_mb"]["all"] == pytest.approx(1)

@@ -42,7 +42,9 @@ def test_all_rivals_are_measured(tmp_path):
     small = ["--hidden_size", "64", "--num_hidden_layers", "1", "--max_seq_len", "64", "--rows", "4"]
     assert main([*small, "--rounds", "2", "--data_path", str(data), "--json", str(path)]) == 0
     results = json.loads(path.read_text(encoding="utf-8"))
-    assert results["command"] == "python -m benchmarks.moe_speed --rows 4 --rounds 2 --compile 0"
+    assert results["command"] == (
+        f"python -m benchmarks.moe_speed --data_path DATA_PATH {' '.join(small)} --rounds 2 --compile 0"
+    )
     assert set(results["rivals"]) == {DENSE, OURS, MASKS}
     for found in results["rivals"].values():
         assert all(len(values) == 2 and min(values) > 0 for values in found.values())

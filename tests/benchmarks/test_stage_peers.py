@@ -28,7 +28,7 @@ def compare(stage: str, record: dict, folder: Path) -> dict[str, dict]:
     flags = ["--rounds", "1", "--compile", "0", "--data_dir", str(folder), "--json", str(path)]
     assert main(["--stages", stage, *sizes, *flags]) == 0
     results = json.loads(path.read_text(encoding="utf-8"))
-    assert f"--stages {stage} --preset tiny --max_seq_len 64" in results["command"]
+    assert f"--stages {stage} --preset tiny --data_dir DATA_DIR --max_seq_len 64" in results["command"]
     rivals = results["stages"][stage]["rivals"]
     for shown in rivals.values():
         assert len(shown["tokens_per_s"]) == len(shown["steps_alone_tokens_per_s"]) == 1

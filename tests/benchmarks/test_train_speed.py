@@ -16,7 +16,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 
 LITGPT = os.environ.get("LITGPT_PYTHON")  # a Python where litgpt is, see benchmarks/litgpt.txt
-COMMAND = "--presets tiny --max_seq_len 32 --rounds 1 --compile 0 --batch_size 2".split()
+COMMAND = "--presets tiny --max_seq_len 32 --batch_size 2 --rounds 1 --compile 0".split()
 
 
 def write_data(folder: Path, count: int = 40) -> Path:
@@ -39,7 +39,8 @@ def test_every_rival_has_a_rate_and_the_step_its_parts(tmp_path):
     path = tmp_path / "results.json"
     assert main([*COMMAND, "--profile", "1", "--data_dir", str(tmp_path), "--json", str(path)]) == 0
     results = json.loads(path.read_text(encoding="utf-8"))
-    assert results["command"] == f"python -m benchmarks.train_speed {' '.join(COMMAND)}"
+    told = [*COMMAND[:2], "--data_dir", "DATA_DIR", *COMMAND[2:], "--profile", "1"]
+    assert results["command"] == f"python -m benchmarks.train_speed {' '.join(told)}"
     assert [s["data"] for s in results["settings"]] == ["pretrain_hq", "sft_mini_512"]
     assert [s["litgpt"] for s in results["settings"]] == ["not measured: no --litgpt_python", None]
     for setting in results["settings"]:
