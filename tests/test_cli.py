@@ -132,6 +132,23 @@ def test_merge_writes_weights_for_every_command(out, minimind, config, capsys):
     )
 
 
+def test_without_shape_flags_the_files_tell_as_in_a_chat(out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["minimind"])
+    assert main(["merge", "--out_dir", str(out), "--lora_name", "all"]) == 0
+    assert "taking full_sft_64.pth; --hidden_size and --use_moe choose" in capsys.readouterr().err
+    (out / "full_sft_64.pth").unlink()
+    folder = out / "peft" / "attention_64_moe"
+    assert main(["export", "peft", "--out_dir", str(out), "--lora_name", "attention"]) == 0
+    assert (folder / "adapter_config.json").is_file()
+    again = ["--lora_name", "again", "--peft_dir", str(folder)]
+    assert main(["import", "peft", "--out_dir", str(out), *again]) == 0
+    assert (out / "lora" / "again_64_moe.pth").is_file()
+    with pytest.raises(
+        UserError, match=r"64 --num_hidden_layers 2 --use_moe True --out_dir .* --lora_name x"
+    ):
+        main(["export", "peft", "--out_dir", str(out), "--lora_name", "x"])
+
+
 def test_merge_keeps_the_tokenizers_apart(out, minimind):
     minimind("merge", "--lora_name", "all")
     run_file = out / "merged" / "runs" / "full_sft_64" / "run.json"
@@ -162,9 +179,18 @@ def test_what_merge_refuses(out, minimind):
 # ---- PEFT ----
 
 
-def test_an_adapter_of_peft_is_not_overwritten(out, minimind):
+def test_an_adapter_of_peft_is_not_overwritten_or_left_half(out, minimind, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def full(*_args, **_more):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("pathlib.Path.write_text", full)
+        with pytest.raises(UserError, match=r"could not write .*all_64: No space left on device"):
+            minimind("export peft", "--lora_name", "all")
+    assert not list((out / "peft").iterdir())
     minimind("export peft", "--lora_name", "all")
-    with pytest.raises(UserError, match="holds an adapter already; choose another --peft_dir"):
+    with pytest.raises(UserError, match="exists already; choose another --peft_dir"):
         minimind("export peft", "--lora_name", "all")
 
 

@@ -27,36 +27,19 @@ MODES = ("pretrain", "full_sft", "rlhf", "reason", "full_dist")  # stages, index
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """The flags of every command that uses a trained model."""
+class ShapeOptions:
+    """Which shape of a model, where a folder has several; without these flags the files tell."""
 
-    model_mode: int = flag(
-        1, ", ".join(f"{mode} {stage}" for mode, stage in enumerate(MODES)), choices=range(len(MODES))
-    )
     out_dir: Path = flag(OUT_DIR, "folder of the weight files")
     preset: str | None = flag(None, "shape, where out_dir has several", choices=tuple(PRESETS))
     hidden_size: int | None = flag(None, "shape, where out_dir has several")
     num_hidden_layers: int | None = flag(None, "refuse a model with another number of layers")
     use_moe: bool | None = flag(None, "mixture of experts, where out_dir has both")
-    lora_name: tuple[str, ...] = flag((), "LoRA adapters to add, one or several")
-    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-
-    def __post_init__(self) -> None:
-        if self.adapters and self.stage == "pretrain":
-            raise UserError(
-                "--lora_name: adapters belong to a model that answers; choose --model_mode 1 to 4"
-            )
-        check_names(self.adapters)
 
     @property
     def stage(self) -> str:
-        return MODES[self.model_mode]
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names of those asked for; "None" is the seed's word for none."""
-        return [name for name in self.lora_name if name != "None"]
+        """The stage whose weights are meant, which is the first part of their name."""
+        return "full_sft"
 
     @property
     def asked_shape(self) -> dict[str, int | bool]:
@@ -81,30 +64,31 @@ class LoadOptions:
                     found[not default, *shape.values()] = path
         if not found:
             wanted = f"{self.stage} weights" + (" of the shape asked for" if asked else "")
-            make = command(SCRIPTS[self.stage], asked, self.out_dir)
-            raise UserError(f"{self.out_dir} has no {wanted}; make them with: {make}")
+            raise UserError(f"{self.out_dir} has no {wanted}; make them with: {self.how_to_make}")
         first, *others = (found[key] for key in sorted(found))
         if others:
             names = ", ".join(path.name for path in others)
             print(f"taking {first.name}; --hidden_size and --use_moe choose another: {names}", file=notes)
         return first
 
-    def load_model(self, path: Path, adapters: Sequence[str], tokenizer: Tokenizer) -> MiniMind:
-        """The model in `path`, a weight file or a transformers directory, with `adapters`, ready to answer.
+    @property
+    def how_to_make(self) -> str:
+        """The command that trains a model of the shape asked for, for messages."""
+        return command(SCRIPTS[self.stage], self.asked_shape, self.out_dir)
 
-        Raises: UserError when there is no such device, a file is missing or damaged, or does not fit the
-            model, the flags or the tokenizer.
+    def read_model(self, path: Path, tokenizer: Tokenizer) -> MiniMind:
+        """The model in `path`, a weight file or a transformers directory, in fp32 on the CPU.
+
+        Raises: UserError when a file is missing or damaged, or does not fit the flags or the tokenizer.
         """
-        from minimind.train.parallel import choose_device
         from minimind.weights import check_tokenizer, check_vocabulary, load_model
 
-        device = choose_device(self.device)
         if path.is_dir():
             from minimind.export.folder import read_folder
 
             model = read_folder(path)
         else:
-            model = load_model(path, command(SCRIPTS[self.stage], self.asked_shape, self.out_dir))
+            model = load_model(path, self.how_to_make)
         check_vocabulary(path, model.config, tokenizer)
         if path.is_file():
             check_tokenizer(path, tokenizer)
@@ -115,11 +99,64 @@ class LoadOptions:
                     f"{path} holds a model with {name} {shape[name]}, but {wanted} was asked for; "
                     "without shape flags the shape is read from the file"
                 )
-        if adapters:
-            from minimind.lora import load_adapters
+        return model
 
-            files = [self.out_dir / "lora" / f"{name}_{model.config.name}.pth" for name in adapters]
-            load_adapters(model, files, command(SCRIPTS["lora"], shape, self.out_dir), tokenizer)
+    def add_adapters(self, model: MiniMind, names: Sequence[str], tokenizer: Tokenizer) -> None:
+        """Put the adapters of `names` beside the projections of `model`.
+
+        Raises: UserError when a file is missing or damaged, or does not fit the model or the tokenizer.
+        """
+        from minimind.lora import load_adapters
+
+        files = [self.adapter_path(name, model.config) for name in names]
+        load_adapters(model, files, self.how_to_adapt(model.config), tokenizer)
+
+    def how_to_adapt(self, config: ModelConfig) -> str:
+        """The command that trains an adapter of a model of this shape, for messages."""
+        return command(SCRIPTS["lora"], shape_of(config), self.out_dir)
+
+    def adapter_path(self, name: str, config: ModelConfig) -> Path:
+        return self.out_dir / "lora" / f"{name}_{config.name}.pth"
+
+
+@dataclass(frozen=True)
+class LoadOptions(ShapeOptions):
+    """The flags of every command that uses a trained model."""
+
+    model_mode: int = flag(
+        1, ", ".join(f"{mode} {stage}" for mode, stage in enumerate(MODES)), choices=range(len(MODES))
+    )
+    lora_name: tuple[str, ...] = flag((), "LoRA adapters to add, one or several")
+    tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.stage == "pretrain":
+            raise UserError(
+                "--lora_name: adapters belong to a model that answers; choose --model_mode 1 to 4"
+            )
+        check_names(self.adapters)
+
+    @property
+    def stage(self) -> str:
+        return MODES[self.model_mode]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of those asked for; "None" is the seed's word for none."""
+        return [name for name in self.lora_name if name != "None"]
+
+    def load_model(self, path: Path, adapters: Sequence[str], tokenizer: Tokenizer) -> MiniMind:
+        """The model in `path`, a weight file or a transformers directory, with `adapters`, ready to answer.
+
+        Raises: UserError when there is no such device, or as `read_model` and `add_adapters` do.
+        """
+        from minimind.train.parallel import choose_device
+
+        device = choose_device(self.device)
+        model = self.read_model(path, tokenizer)
+        if adapters:
+            self.add_adapters(model, adapters, tokenizer)
         return model.to(device).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from minimind.model import MiniMind
@@ -61,7 +62,12 @@ inputs = tokenizer("<|im_start|>人工智能", return_tensors="pt")"""
 
 
 def card(
-    model: MiniMind, tokenizer: Tokenizer, dtype: str, weights: Path, adapters: list[Path], architecture: str
+    model: MiniMind,
+    tokenizer: Tokenizer,
+    dtype: str,
+    weights: Path,
+    adapters: Sequence[str],
+    architecture: str,
 ) -> str:
     """The text of README.md for `weights` with `adapters` merged in; their run.json tells the rest."""
     config, run = model.config, read_run(weights)
@@ -81,7 +87,7 @@ def card(
         chosen, shared = config.num_experts_per_tok, config.num_shared_experts
         rows["experts"] = f"{config.num_experts}, {chosen} for each token, and {shared} shared"
     if adapters:
-        rows["adapters merged in"] = ", ".join(f"`{path.name}`" for path in adapters)
+        rows["adapters merged in"] = ", ".join(f"`{name}`" for name in adapters)
     for name, key in (
         ("stage", "stage"),
         ("SHA-256 of the training data", "data_sha256"),

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind.chat.loading import MODES
 from minimind.errors import UserError
 from minimind.export.options import WeightOptions
 from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
-from minimind.stages import SCRIPTS
-
-STAGES = tuple(stage for stage in SCRIPTS if stage != "lora")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def export(argv: Sequence[str] | None = None) -> int:
 
     model, tokenizer = options.load()
     architecture = transformers_config(model.config)["architectures"][0]
-    text = card(model, tokenizer, options.dtype, options.weights, options.adapters, architecture)
+    text = card(model, tokenizer, options.dtype, options.weights, options.lora_name, architecture)
     write_folder(options.folder, model, tokenizer, options.dtype, text)
     print(f"{options.folder}: {options.title} as {architecture}, {options.dtype}")
     return 0
@@ -52,7 +50,7 @@ def export(argv: Sequence[str] | None = None) -> int:
 class ImportOptions:
     source: Path = flag(REQUIRED, "what to read", positional=True)
     out_dir: Path = flag(OUT_DIR, "folder of the weight files")
-    stage: str = flag("full_sft", "stage it shall count as, the first part of its name", choices=STAGES)
+    stage: str = flag("full_sft", "stage it shall count as, the first part of its name", choices=MODES)
     tokenizer_path: Path | None = flag(
         None, "folder of its tokenizer.json; without it the one beside it, or else the shipped one"
     )

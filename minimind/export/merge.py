@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind.chat.loading import MODES
 from minimind.export.options import WeightOptions
 from minimind.files import atomic_write, refuse_to_replace, write_text
 from minimind.flags import flag, parse_flags
@@ -17,7 +18,7 @@ from minimind.runs import RUN, run_folder
 @dataclass(frozen=True)
 class MergeOptions(WeightOptions):
     lora_name: tuple[str, ...] = flag(("lora_medical",), "adapters to add, one name or several")
-    from_weight: str = flag("full_sft", "stage whose weights they are added to")
+    from_weight: str = flag("full_sft", "stage whose weights they are added to", choices=MODES)
     output_dir: Path | None = flag(None, "folder of the result; without it merged/ in out_dir")
 
 
@@ -39,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = options.load()
     # Kept in fp32: sums rounded to fp16 would move logits by more than 1e-5.
     atomic_write(target, lambda file: torch.save(model.state_dict(), file))
+    adapters = [options.adapter_path(name, model.config) for name in options.lora_name]
     run = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "merged": [str(path) for path in (base, *options.adapters)],
+        "merged": [str(path) for path in (base, *adapters)],
     }
     write_text(run_folder(target) / RUN, json.dumps(run, indent=2, ensure_ascii=False))
     names = ", ".join(options.lora_name)

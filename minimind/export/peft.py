@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minimind.errors import UserError
 from minimind.export.folder import read_tensor_file
-from minimind.files import atomic_write, write_text
+from minimind.files import atomic_folder
 from minimind.lora import adapter_ranks, check_fits
 from minimind.model import MiniMind
 
@@ -71,8 +71,9 @@ def export_peft(state: dict[str, Tensor], folder: Path, base_model: str | None =
         PREFIX + re.sub(r"\.lora\.([AB])\.", r".lora_\1.", name): tensor.contiguous()
         for name, tensor in state.items()
     }
-    atomic_write(folder / WEIGHTS, lambda file: file.write(save(tensors, metadata={"format": "pt"})))
-    write_text(folder / CONFIG, json.dumps(config, indent=2))
+    with atomic_folder(folder) as building:
+        (building / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (building / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def import_peft(folder: Path, model: MiniMind) -> dict[str, Tensor]:

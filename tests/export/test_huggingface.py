@@ -96,7 +96,7 @@ def test_adapters_are_merged_in(out, minimind, tmp_path):
     load_adapters(ours, [out / "lora" / "mine_64.pth"], "")
     assert (logits(ours) - logits(load_peer(tmp_path / "hf")[0])).abs().max() <= 1e-5
     assert (logits(ours) - plain).abs().max() > 0.1
-    assert "adapters merged in | `mine_64.pth`" in (tmp_path / "hf/README.md").read_text()
+    assert "adapters merged in | `mine`" in (tmp_path / "hf/README.md").read_text()
 
 
 def test_transformers_4_finds_its_names(minimind, tmp_path):
@@ -145,6 +145,24 @@ def test_the_example_on_the_card_runs(stage, out, minimind, tmp_path, monkeypatc
     capsys.readouterr()
     exec(example, {})
     assert capsys.readouterr().out.strip()
+
+
+# ---- Which weights ----
+
+
+def test_without_shape_flags_the_files_tell(minimind, tmp_path, capsys):
+    assert minimind("export hf", tmp_path / "hf") == 0
+    captured = capsys.readouterr()
+    assert "MiniMind full_sft_64 as LlamaForCausalLM" in captured.out
+    assert captured.err.count("taking full_sft_64.pth; --hidden_size and --use_moe choose another") == 1
+    with pytest.raises(UserError, match="num_hidden_layers 2, but 3 was asked for"):
+        minimind("export hf", tmp_path / "other", "--num_hidden_layers", "3")
+
+
+def test_a_stage_that_is_none_is_refused(minimind, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        minimind("export hf", tmp_path / "hf", "--from_weight", "fullsft")
+    assert "choose from" in capsys.readouterr().err
 
 
 # ---- Never half, never over something ----
