@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     A `UserError` is printed as one message on stderr and exits with 1; Ctrl-C exits with 130. Anything
     else is a bug in MiniMind and keeps its stack trace.
     """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
     except UserError as error:

@@ -176,9 +176,10 @@ class Tokenizer:
             return self._template().render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._template_variables
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
             raise UserError(
-                f"the chat template in {self.path} cannot render these messages: {error}"
+                f"the chat template in {self.path} cannot render these messages: {reason}"
             ) from None
 
     def encode_chat(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -350,6 +351,27 @@ def test_exit_codes(words, code):
     assert "Traceback" not in done.stderr
     if code == 1:
         assert done.stderr.startswith("error: ")
+
+
+def test_characters_that_a_terminal_lacks_are_no_error(tmp_path):
+    """As a Chinese path on an English terminal, or one that is not in the terminal's encoding."""
+    (tmp_path / "run" / "metrics.jsonl").parent.mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    command = [sys.executable, "-m", "minimind", "report", str(tmp_path / "run"), "--output"]
+    for name, encoding in (
+        ("报告.html", "ascii"),
+        (b"\xff.html".decode(errors="surrogateescape"), "utf-8:strict"),
+    ):
+        done = subprocess.run(
+            [*command, tmp_path / name],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "?.html  (open it in a browser)" in done.stdout
 
 
 def test_a_reader_who_leaves_is_no_error():

@@ -219,7 +219,15 @@ def test_user_errors_name_the_file_and_the_mend(tmp_path):
         Tokenizer.load(broken_copy(tmp_path, tokenizer__json=not_bytes))
     with pytest.raises(UserError, match="is not JSON"):
         Tokenizer.load(broken_copy(tmp_path, tokenizer_config__json="{"))
-    for template in ("", "{% for %}", "{{ raise_exception('no') }}"):
+    broken = (
+        "",
+        "{% for %}",
+        "{{ raise_exception('no') }}",
+        "{{ 1 / 0 }}",
+        "{{ 1 + 'a' }}",
+        "{{ 'a' * 10**18 }}",
+    )
+    for template in broken:
         with pytest.raises(UserError, match="chat"):
             Tokenizer.load(broken_copy(tmp_path, chat_template__jinja=template)).render_chat(CONVERSATION)
 

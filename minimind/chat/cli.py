@@ -6,7 +6,6 @@ torch is imported only once the arguments are known to be good, so that `--help`
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises: UserError for anything the user can mend.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks is no reason to stop
-            stream.reconfigure(errors="replace")
     arguments = argument_parser().parse_args(argv)
     which, how = part_of(arguments, AnswerOptions), part_of(arguments, HowItAnswers)
     notes = sys.stderr if arguments.prompt else sys.stdout

@@ -82,8 +82,8 @@ def score_file(path: Path, kind: Kind, loaded: Loaded, batch_size: int) -> dict[
     report = data.report
     if report.cut or report.dropped:
         say(
-            f"{path}: of {report.documents:,} records {report.cut:,} are longer than "
-            f"{loaded.max_seq_len} tokens and count in part, {report.dropped:,} not at all"
+            f"{path}: of {report.documents:,} records {report.cut + report.dropped:,} are longer than "
+            f"--max_seq_len {loaded.max_seq_len}: {report.cut:,} count in part, {report.dropped:,} not at all"
         )
     source = {"file": str(path), "sha256": store.meta["content_sha256"], "kind": kind}
     return source | score._asdict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,5 +66,5 @@ def export_ollama(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = options.load()
     write_ollama(options.folder, model, tokenizer, options.dtype, options.title)
     print(f"{options.folder}: {options.title}, {options.dtype}")
-    print(f"ollama create minimind -f {options.folder}/Modelfile")
+    print(f"ollama create minimind -f {shlex.quote(str(options.folder / 'Modelfile'))}")
     return 0

@@ -73,7 +73,7 @@ def introduce(trainer: Trainer) -> None:
     if trainer.started_from:
         say(f"starting from {trainer.started_from}")
     if report.split:
-        say(f"data: {report.split:,} texts are longer than a row and were split")
+        say(f"data: {report.split:,} texts were split, over two rows or more; nothing is lost")
     if report.dropped and trainer.stage.data_kind == "preference":
         say(
             f"data: of {report.documents:,} pairs {report.dropped:,} are left out, since chosen and "

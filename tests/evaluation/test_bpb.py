@@ -62,7 +62,8 @@ def test_texts_and_answers_by_the_equation(texts, chats, out, flags, tmp_path, c
 def test_conversations_that_are_cut_are_told(chats, flags, capsys):
     assert main(["eval", "bpb", str(chats), *flags, "--max_seq_len", "24"]) == 0
     assert (
-        "of 3 records 0 are longer than 24 tokens and count in part, 2 not at all" in capsys.readouterr().err
+        "of 3 records 2 are longer than --max_seq_len 24: 0 count in part, 2 not at all"
+        in capsys.readouterr().err
     )
 
 

@@ -248,6 +248,13 @@ def test_a_loss_that_is_no_number_is_left_out_and_its_records_named(options, pas
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
+def test_texts_that_are_split_are_told_to_lose_nothing(options, capsys):
+    trainer = run(options)
+    told = f"data: {trainer.data.report.split} texts were split, over two rows or more; nothing is lost"
+    assert trainer.data.report.split > 0
+    assert told in capsys.readouterr().out
+
+
 def test_moe_trains_and_logs_its_experts(options):
     trainer = run(replace(options, use_moe=True))
     assert trainer.weights_path.name == "pretrain_64_moe.pth"
