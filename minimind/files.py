@@ -62,6 +62,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             sync(path)
         sync(temporary)
+        refuse_to_replace(folder)  # another process may have been faster
         put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "the write broke off"

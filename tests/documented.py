@@ -259,7 +259,9 @@ def check_target(arguments: list[str]) -> None:
 def check_extras(arguments: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in arguments:
-        if found := re.fullmatch(r"(?:minimind|\.)\[(.+)\]", word):
+        if re.match(r"minimind\b", word):
+            raise Wrong("the package index has another project of that name; say -e '.[…]'")
+        if found := re.fullmatch(r"\.\[(.+)\]", word):
             for extra in found[1].split(","):
                 if extra.strip() not in extras:
                     raise Wrong(f"pyproject.toml has no extra {extra}")

@@ -116,7 +116,8 @@ def test_the_commands_of_a_page_exist_and_take_their_flags(page):
         ("python eval_model.py --model_mode 9", "invalid choice"),
         ("make nothing", "the Makefile has no nothing"),
         ("curl http://localhost", "say what it needs"),
-        ("pip install 'minimind[doc]'", "no extra doc"),
+        ("pip install -e '.[doc]'", "no extra doc"),
+        ("pip install 'minimind[docs]'", "the package index has another project of that name"),
         ("cd trainer && python train_dpo.py --nope", "unrecognized arguments"),
     ],
 )
@@ -291,7 +292,7 @@ def test_the_pictures_are_those_that_the_script_draws():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     if not all(map(find_spec, ("mkdocs", "material", "mkdocstrings", "latex2mathml"))):
-        pytest.skip("building the site takes pip install 'minimind[docs]'")
+        pytest.skip("building the site takes pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     for config, where in (("mkdocs.yml", folder), ("mkdocs.en.yml", folder / "en")):
         subprocess.run(

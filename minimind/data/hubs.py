@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from minimind.errors import UserError
+from minimind.paths import pip_install
 
 # The clients' own tries go on for half a minute and more.
 CONNECT_SECONDS = 6.0
@@ -155,7 +156,7 @@ def connect(source: str) -> Hub:
     try:
         hub = HUBS[source]()
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'minimind[download]'") from None
+        raise UserError(f"{error.name} is not installed; {pip_install('download')}") from None
     except ValueError as error:
         raise UserError(f"HF_ENDPOINT or MODELSCOPE_ENDPOINT is no address ({error}); mend it") from None
     host, port = address(hub.endpoint)

@@ -19,6 +19,7 @@ from minimind.chat_template import without_marks
 from minimind.config import ModelConfig
 from minimind.errors import UserError
 from minimind.model import MiniMind
+from minimind.paths import pip_install
 from minimind.tokenizer import WORD, Tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def gguf_writer(model: MiniMind, tokenizer: Tokenizer, dtype: str, name: str) ->
     try:
         from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
     except ImportError:
-        raise UserError("GGUF files need the gguf package: pip install 'minimind[export]'") from None
+        raise UserError(f"GGUF files need the gguf package: {pip_install('export')}") from None
     writer = GGUFWriter(None, "granitemoe" if model.config.num_experts else "llama")
     writer.add_name(name)
     types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from minimind.export.options import WeightOptions
 from minimind.flags import REQUIRED, flag, parse_flags
@@ -44,7 +45,12 @@ def export(argv: Sequence[str] | None = None) -> int:
 
     model, tokenizer = options.load()
     writer = gguf_writer(model, tokenizer, options.dtype, options.title)
-    atomic_write(options.file, lambda file: write(writer, Path(file.name)))  # it opens the file itself
+
+    def write_new(file: BinaryIO) -> None:
+        write(writer, Path(file.name))  # it opens the file itself
+        refuse_to_replace(options.file)  # another process may have been faster
+
+    atomic_write(options.file, write_new)
     size = shown_size(options.file.stat().st_size)
     print(f"{options.file}: {options.title}, {options.dtype}, {size}")
     return 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from minimind.chat.loading import AnswerOptions, check_positions, description
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
+from minimind.paths import pip_install
 
 if TYPE_CHECKING:
     from minimind.model import MiniMind
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(ServeOptions, argv, inspect.getdoc(main))
     for package in NEEDED:
         if not importlib.util.find_spec(package):
-            raise UserError(f"the server needs {package}: pip install 'minimind[serve]'")
+            raise UserError(f"the server needs {package}: {pip_install('serve')}")
     key = checked_key(options.api_key or os.environ.get(KEY))
     listener = bind(options.host, options.port, key)
     with listener:

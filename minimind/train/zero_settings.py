@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.paths import pip_install
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel
 
@@ -36,7 +37,7 @@ def zero_stage(options: TrainOptions) -> int:
     if not (options.parallel == "zero" or given or launched_by_deepspeed()):
         return 0
     if not find_spec("deepspeed"):
-        raise UserError("ZeRO needs DeepSpeed: pip install 'minimind[deepspeed]'")
+        raise UserError(f"ZeRO needs DeepSpeed: {pip_install('deepspeed')}")
     stage = user_settings(options).get("zero_optimization", {}).get("stage")
     if stage is None or stage == "auto":
         return options.zero_stage or 2

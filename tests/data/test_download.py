@@ -200,7 +200,7 @@ def test_a_silent_hub(source, monkeypatch):
 
 def test_a_client_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    with pytest.raises(UserError, match=r"pip install 'minimind\[download\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '/.*\[download\]'"):
         hubs.connect("modelscope")
 
 

@@ -20,6 +20,7 @@ from minimind.chat_template import compile_template
 from minimind.errors import UserError
 from minimind.export.gguf import gguf_tensors, gguf_writer, write
 from minimind.export.ollama import modelfile
+from minimind.export.options import WeightOptions
 from minimind.paths import ROOT, TOKENIZER_DIR
 from minimind.tokenizer import Tokenizer
 from minimind.weights import load_model, save_weights
@@ -212,6 +213,25 @@ def test_nothing_is_overwritten_or_left_half(minimind, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "model.gguf"}
 
 
+@pytest.mark.parametrize("name", ["hf", "gguf", "ollama"])
+def test_of_two_exports_at_once_the_faster_stays(minimind, tmp_path, monkeypatch, name):
+    target = tmp_path / "model"
+    load = WeightOptions.load
+
+    def slowly(options):
+        loaded = load(options)
+        monkeypatch.setattr(WeightOptions, "load", load)
+        assert minimind(f"export {name}", target, *SIZE) == 0
+        return loaded
+
+    monkeypatch.setattr(WeightOptions, "load", slowly)
+    with pytest.raises(UserError, match="model exists already; move it or name another"):
+        minimind(f"export {name}", target, *SIZE, "--from_weight", "rlhf")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "model"}
+    main = {"hf": "README.md", "ollama": "model.gguf", "gguf": ""}[name]
+    assert b"full_sft_64" in (target / main).read_bytes()
+
+
 @pytest.mark.parametrize(("name", "what"), [("gguf", "FILE"), ("ollama", "FOLDER")])
 def test_where_to_write_must_be_said(minimind, capsys, name, what):
     with pytest.raises(SystemExit) as ended:
@@ -222,7 +242,7 @@ def test_where_to_write_must_be_said(minimind, capsys, name, what):
 
 def test_without_the_package_the_mend_is_named(minimind, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"need the gguf package: pip install 'minimind\[export\]'"):
+    with pytest.raises(UserError, match=r"need the gguf package: pip install -e '/.*\[export\]'"):
         minimind("export gguf", tmp_path / "model.gguf", *SIZE)
 
 

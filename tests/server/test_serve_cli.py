@@ -232,7 +232,7 @@ def test_a_mode_that_there_is_not(capsys):
 
 def test_what_is_missing_is_said_with_its_mend(monkeypatch):
     monkeypatch.setattr(cli, "NEEDED", ("fastapi", "no_such_package"))
-    with pytest.raises(UserError, match=r"needs no_such_package: pip install 'minimind\[serve\]'"):
+    with pytest.raises(UserError, match=r"needs no_such_package: pip install -e '/.*\[serve\]'"):
         cli.main(["--port", "0"])
 
 

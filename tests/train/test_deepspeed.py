@@ -248,7 +248,7 @@ def test_what_asks_for_zero(options, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="stage is 3, but this run has 1"):
         zero_stage(replace(options, deepspeed_config=file, zero_stage=1))
     monkeypatch.setattr(zero_settings, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'minimind\[deepspeed\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '/.*\[deepspeed\]'"):
         zero_stage(options)
 
 
