@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 from documented import PAGES, Command, Wrong, block_commands, check, documented_commands, kind, own_main
+from server.browser import chromium
 from test_lora import randomise
 from test_model import random_model
 
@@ -311,6 +312,17 @@ def test_the_site_has_every_page_and_asks_nobody(site):
             text = (site / ("en" if language == "en" else "") / name).with_suffix(".html").read_text("utf-8")
             assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=.?(?:https?:)?//[^>]+", text)
             assert "arithmatex" not in text  # every equation became MathML
+
+
+@pytest.mark.parametrize(("page", "words"), [("index.html", "蒸馏"), ("en/index.html", "distillation")])
+def test_the_search_works_in_a_site_opened_as_a_file(site, page, words):
+    with chromium() as browser:
+        tab = browser.new_context(offline=True).new_page()
+        tab.goto((site / page).as_uri())
+        tab.locator(".md-search__input").click()
+        tab.keyboard.type(words)
+        tab.keyboard.press("End")  # the search heeds keys, and Chinese is typed without
+        tab.locator(".md-search-result__link").first.wait_for()
 
 
 def test_the_site_shows_code_and_numbers_as_they_are(site):
