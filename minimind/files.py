@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -33,8 +34,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         put_in_place(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = getattr(error, "strerror", None) or "the write broke off"
-        raise UserError(f"could not write {path}: {reason}{free_space(path.parent)}") from error
+        raise failed_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # said above, if it matters
             temporary.unlink(missing_ok=True)
@@ -65,8 +65,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         refuse_to_replace(folder)  # another process may have been faster
         put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or "the write broke off"
-        raise UserError(f"could not write {folder}: {reason}{free_space(folder.parent)}") from error
+        raise failed_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -107,6 +106,13 @@ def is_running(pid: str) -> bool:
     except PermissionError:  # somebody else's
         pass
     return True
+
+
+def failed_write(path: Path, error: Exception) -> UserError:
+    """How much room there is belongs to the message unless the system gives another reason."""
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    room = free_space(path.parent) if number in (None, errno.ENOSPC, errno.EDQUOT) else ""
+    return UserError(f"could not write {path}: {reason or 'the write broke off'}{room}")
 
 
 def free_space(folder: Path) -> str:
