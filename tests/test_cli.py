@@ -315,7 +315,7 @@ def test_folders_that_cannot_be_imported(out, minimind, tmp_path):
     save_file(tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 64)}, weights)
     refused("holds .*lora_embedding_A, and only plain LoRA")
     weights.write_bytes(b"cut short")
-    refused("is damaged")
+    refused("cannot be read")
     weights.rename(folder / "adapter_model.bin")
     refused("a pickle, which can run code, and is not read; write it with")
     with pytest.raises(UserError, match="--lora_name is"):

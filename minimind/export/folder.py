@@ -165,8 +165,8 @@ def read_tensor_file(path: Path, pickle: str, writer: str) -> dict[str, Tensor]:
         raise UserError(f"there is no {path}; {reason}write it with {writer}")
     try:
         return load_file(path)
-    except (SafetensorError, OSError):
-        raise UserError(f"{path} is damaged; copy it again") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from None
 
 
 def is_file_name(name: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,12 @@ def test_models_of_others_are_refused_or_read_as_they_are(minimind, out, exporte
         assert (logits(load_model(out / "reason_64.pth", "")) - logits(theirs)).abs().max() <= 1e-5
 
 
+def test_a_path_that_safetensors_cannot_take_is_told(exported, minimind):
+    other = exported.rename(exported.with_name(os.fsdecode(b"\xff")))
+    with pytest.raises(UserError, match="is not valid UTF-8"):
+        minimind("import hf", other, "--stage", "reason")
+
+
 def test_folders_that_are_damaged(exported, minimind):
     def refused(message: str) -> None:
         with pytest.raises(UserError, match=message):
@@ -202,7 +209,7 @@ def test_folders_that_are_damaged(exported, minimind):
     save_file(tensors | {"model.norm.weight": torch.ones(64) + 1j}, exported / "model.safetensors")
     refused("tensors that are no real numbers")
     (exported / "model.safetensors").write_bytes(b"half")
-    refused(r"model\.safetensors is damaged; copy it again")
+    refused(r"model\.safetensors cannot be read \(.*header.*\); copy it again")
     (exported / "model.safetensors").unlink()
     (exported / "pytorch_model.bin").touch()
     refused(r"no .*model\.safetensors; pytorch_model\.bin is a pickle, which can run code, and is not read")
