@@ -7,6 +7,9 @@ ever dropped, in training or in inference.
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from minimind.config import ModelConfig
 from minimind.model import MLP, Routing, compute_dtype
 
-STEP_OF_LENGTHS = 64  # rows
+STEP_OF_LENGTHS = 32  # rows
 
 
 class MoE(nn.Module):
@@ -41,34 +44,78 @@ class MoE(nn.Module):
         return out, balance(scores, top_experts, is_token)
 
     def visit_experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Each expert works once, on the contiguous block of the tokens sent to it.
+        """Each expert works once, on a block of rows that holds the tokens sent to it.
 
-        x (M, H), weights and experts (M, k) → (M, H).
+        x (M, H), weights and experts (M, k) → (M, H). The blocks, one after the other, have P rows.
         """
-        order = experts.flatten().argsort(stable=True)  # (M·k,) visits, sorted by expert
-        tokens = order // self.top_k  # the token of each visit
         visits = F.one_hot(experts.flatten(), len(self.experts)).sum(dim=0)  # (E,)
-        # `index_select`, as its gradient is added up where indexing with brackets puts value by value.
-        sent = x.index_select(0, tokens)  # (M·k, H)
-        if grouped(x, self.experts):
-            y = together(self.experts, sent.to(compute_dtype(x)), visits)  # (M·k, H)
+        in_one = grouped(x, self.experts)
+        # In one product no block is filled up, and nobody waits for the GPU to tell its length.
+        lengths = visits if in_one else filled_up(visits)  # (E,)
+        rows = experts.numel() if in_one else int(lengths.sum())
+        places = places_of_visits(experts, visits, lengths)  # (M, k)
+        visitors = torch.arange(len(x), device=x.device)[:, None].expand_as(places)
+        # Rows that fill up read token 0, and nobody reads them.
+        tokens = places.new_zeros(rows).scatter(0, places.flatten(), visitors.flatten())  # (P,)
+        shares = weights.new_zeros(rows).scatter(0, places.flatten(), weights.flatten())  # (P,)
+
+        sent = Sent.apply(x.to(compute_dtype(x)), tokens, places)  # (P, H)
+        if in_one:
+            y = together(self.experts, sent, visits)  # (P, H)
         else:
-            blocks = sent.split(visits.tolist())
-            y = torch.cat([alone(expert, block) for expert, block in zip(self.experts, blocks, strict=True)])
-        y = y * weights.flatten().index_select(0, order)[:, None].type_as(y)
-        return torch.zeros_like(x, dtype=y.dtype).index_add(0, tokens, y)
+            blocks = sent.split(lengths.tolist())
+            y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
+        return Collected.apply(y * shares[:, None].type_as(y), tokens, places)
 
 
-def alone(expert: nn.Module, x: Tensor) -> Tensor:
-    """One expert on its block x (n, H) → (n, H).
+class Sent(torch.autograd.Function):
+    """Each token to all its places: x (M, H), tokens (P,), places (M, k) → (P, H).
 
-    On a CPU a product of a new shape has its kernel built first, which took a third of the time. So blocks
-    are filled up with zeros to few different lengths, unless they are short, as in generation.
+    Gathering by index has a gradient that is added up row by row, with atomics on a GPU. As a token knows its
+    places, it can be gathered, too: that is `Collected`, and each of the two is the other's gradient.
     """
-    rows = len(x)
-    if x.device.type != "cpu" or rows <= STEP_OF_LENGTHS:
-        return expert(x)
-    return expert(F.pad(x, (0, 0, 0, -rows % STEP_OF_LENGTHS)))[:rows]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, places)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return Collected.apply(gradient, *ctx.saved_tensors), None, None
+
+
+class Collected(torch.autograd.Function):
+    """The sum of each token's rows: y (P, H), tokens (P,), places (M, k) → (M, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, places)
+        return reduce(torch.add, (y.index_select(0, place) for place in places.unbind(dim=1)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return Sent.apply(gradient, *ctx.saved_tensors), None, None
+
+
+def places_of_visits(experts: Tensor, visits: Tensor, lengths: Tensor) -> Tensor:
+    """The row of each visit, (M, k), when expert i has a block of `lengths[i]` rows, of which it fills the
+    first `visits[i]` in the order of the tokens. experts (M, k), visits and lengths (E,)."""
+    expert, order = experts.flatten().sort(stable=True)  # (M·k,)
+    filling = lengths - visits
+    before = (filling.cumsum(dim=0) - filling).index_select(0, expert)  # in the blocks of earlier experts
+    rows = torch.arange(len(order), device=order.device) + before
+    return torch.empty_like(order).scatter(0, order, rows).view_as(experts)
+
+
+def filled_up(visits: Tensor) -> Tensor:
+    """Lengths of blocks (E,) with room for `visits` (E,).
+
+    On a CPU a product of a new shape has its kernel built first, as long as two of them take. So there are
+    few lengths, except for short blocks, as in generation.
+    """
+    filled = (visits + STEP_OF_LENGTHS - 1) // STEP_OF_LENGTHS * STEP_OF_LENGTHS
+    return filled.where((visits > STEP_OF_LENGTHS) & (visits.device.type == "cpu"), visits)
 
 
 def grouped(x: Tensor, experts: nn.ModuleList) -> bool:
