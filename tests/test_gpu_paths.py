@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
 
 from minimind import blocks, lora, moe
-from minimind.config import ModelConfig
+from minimind.config import PRESETS, ModelConfig
 from minimind.model import BlockMask, MiniMind, attention_mask
 from minimind.train import memory
 from minimind.train.losses import negative_log_likelihood
@@ -79,6 +79,17 @@ def test_a_compiled_model_is_one_graph_for_all_batches(config, flex_on_cpu, monk
         with torch._dynamo.config.patch(error_on_recompile=True):
             found = compiled(ids.flip(0), None, documents.flip(0))[0]
         torch.testing.assert_close(found, model.model(ids.flip(0), None, documents.flip(0))[0])
+
+
+def test_a_compiled_mixture_has_the_gradients_of_a_plain_one(monkeypatch):
+    monkeypatch.setattr(moe, "grouped", lambda *_: True)
+    torch._dynamo.reset()
+    model, (ids, documents) = random_model(MOE), packed()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits_and_gradients(model, ids, documents)
+        model.model.compile(backend="aot_eager", fullgraph=True)
+        found = logits_and_gradients(model, ids, documents)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=2e-3)
 
 
 def test_narrow_heads_keep_the_dense_mask():
@@ -167,3 +178,9 @@ def test_a_gpus_pass_takes_part_of_its_memory(monkeypatch):
     assert 30 < rows[768] < rows[256] < 300
     assert memory.rows_worthwhile(ModelConfig(), 1e8, 32768, gpu) == 1
     assert memory.rows_worthwhile(ModelConfig(), 1.5e8, 512, torch.device("cpu")) == 13
+
+
+def test_a_pass_of_a_mixture_on_a_cpu_has_more_rows():
+    cpu = torch.device("cpu")
+    assert memory.rows_worthwhile(ModelConfig(), 5.5e8, 512, cpu) == 3
+    assert memory.rows_worthwhile(PRESETS["moe"], 5.5e8, 512, cpu) == 5
