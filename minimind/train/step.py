@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +43,9 @@ def optimizer_step(
         raise Interrupted
 
     try:
-        losses = accumulate_gradients(trainer, batches, units, signals)
+        # Within one context all passes share the weights' casts. Sharded weights come and go in each.
+        with nullcontext() if parallel.sharded else parallel.autocast():
+            losses = accumulate_gradients(trainer, batches, units, signals)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -145,6 +145,12 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
         assert_same(alone, losses, out_dir)
 
 
+def test_passes_in_bf16_do_not_share_what_comes_and_goes_with_sharded_weights(options, tmp_path):
+    given = replace(options, max_steps=8, optimizer="adamw", dtype="bfloat16", compile="0")
+    alone = train(given, tmp_path / "alone", 1)
+    assert train(given, tmp_path / "shared", 2, "--parallel=fsdp") == pytest.approx(alone, rel=2e-3)
+
+
 def test_what_is_wrong_for_all_processes_is_said_once(tmp_path):
     data = write_jsonl(tmp_path / "bad.jsonl", [{"text": "good"}, {"txt": "bad"}])
     done = launch(2, f"--data_path={data}", f"--out_dir={tmp_path / 'out'}")
