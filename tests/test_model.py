@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from minimind.config import PRESETS, ModelConfig, YarnScaling, model_config
 from minimind.errors import UserError
 from minimind.export.huggingface import transformers_config, transformers_state_dict
-from minimind.model import MiniMind, attention_mask
+from minimind.model import MiniMind, Softmax, attention_mask
 from minimind.moe import balance, filled_up
 
 SHAPES = {
@@ -228,3 +228,19 @@ def test_experts_on_blocks_that_are_filled_up_compute_what_each_would_alone(toke
 
 def test_blocks_have_few_lengths_unless_they_are_short():
     assert filled_up(torch.tensor([0, 1, 32, 33, 64, 65])).tolist() == [0, 1, 32, 64, 64, 96]
+
+
+def test_the_softmax_of_attention_has_pytorchs_gradient_and_keeps_its_result_alone():
+    mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+        scores, direction = (torch.randn(2, 3, 5, 5, dtype=torch.float64) for _ in range(2))
+        scores = scores.to(dtype).requires_grad_()
+        expected = (scores.double() + mask).softmax(dim=-1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            found = Softmax.apply(scores, mask.to(dtype))
+        assert found.dtype is dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        assert [x.data_ptr() for x in kept] == [found.data_ptr()]
+        gradients = [torch.autograd.grad(x, scores, direction.to(x.dtype))[0] for x in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)

@@ -48,7 +48,7 @@ from minimind.train.memory import memory_errors_explained, rows_that_fit, rows_w
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
 from minimind.train.objective import NextToken, Objective
 from minimind.train.options import TrainOptions
-from minimind.train.parallel import Parallel, setup
+from minimind.train.parallel import Parallel, return_freed_memory, setup
 from minimind.train.samples import conclude
 from minimind.train.shares import Shares
 from minimind.train.signals import Interrupted, StopSignals
@@ -170,6 +170,8 @@ class Trainer:
         self.compiled = compile_decoder(self.model, options.compile, work, parallel)
         if self.compiled and parallel.device.type == "cpu":  # by whatever C++ compiler there is
             check_compiled(self)
+        if parallel.device.type == "cpu":
+            return_freed_memory()
         self.engine = build_engine(self.model, options, parallel)
         if options.fits_batch_size:
             fits = rows_that_fit(self.engine, self.objective, self.data, self.shares.rows_at_once)

@@ -190,6 +190,12 @@ def keep_freed_memory() -> None:
         mallopt(top_pad, 256 << 20)
 
 
+def return_freed_memory() -> None:
+    """Have glibc give all freed memory back once: after the preparation, of whose remains steps use little."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is the GPU where there is one. Under a launcher each process takes its own.
 

@@ -10,6 +10,7 @@ from torch import nn
 from minimind.config import ModelConfig
 from minimind.model import MiniMind
 from minimind.train import compiling
+from minimind.train.parallel import setup
 
 from .conftest import metrics, run
 
@@ -57,6 +58,20 @@ def test_a_compiled_run_is_the_plain_one(options, tmp_path, capsys):
     assert compiled.compiled
     assert "without" not in capsys.readouterr().out
     assert metrics(compiled) == pytest.approx(metrics(plain), rel=1e-5)
+
+
+def test_rows_one_by_one_have_the_outputs_and_gradients_of_all_together():
+    torch.manual_seed(0)
+    model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=2))
+    for matrix in (p for p in model.parameters() if p.dim() > 1):
+        nn.init.normal_(matrix, std=0.1)
+    positions = torch.arange(16).expand(3, -1)
+    inputs = (torch.randint(6400, (3, 16)), positions, positions // 9)
+    cpu = setup("cpu", "float32")
+    together, alone = (compiling.outputs_and_gradients(model, inputs, cpu, rows) for rows in (3, 1))
+    for a, b in zip(together, alone, strict=True):
+        assert b.norm() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from minimind.paths import DATASET_DIR, OUT_DIR, ROOT
 from minimind.stages.pretrain import PretrainOptions
 from minimind.stages.sft import SFTOptions
 from minimind.tokenizer import Tokenizer
+from minimind.train import losses
 from minimind.train.objective import Objective
 from minimind.train.optim import build_optimizers, learning_rate_scale
 from minimind.train.parallel import setup
@@ -217,3 +218,30 @@ def test_missing_data_is_one_sentence(folder, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no data at nowhere.jsonl")
     assert "Traceback" not in done.stderr
+
+
+def test_targets_are_filled_up_to_few_lengths():
+    lengths = [len(losses.filled_up(torch.arange(n))) for n in range(4097)]
+    assert all(n <= length <= n * 17 / 16 for n, length in enumerate(lengths))
+    assert len({length for length in lengths if 1024 <= length <= 4096}) == 33
+    assert losses.filled_up(torch.arange(5, 38)).tolist() == [*range(5, 38), 37]
+
+
+def test_filling_up_changes_no_loss_and_no_gradient(texts, monkeypatch):
+    store = prepare(texts, "pretrain", Tokenizer.load())
+    batch = PackedDataset(store, 61, seed=0, pad_id=0, eos_id=2).batch(0, 0, 3)
+    torch.manual_seed(0)
+    model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1))
+
+    def loss_and_gradients():
+        targets = losses.at_targets(model, batch)
+        assert targets.logits.shape == (batch.num_target_tokens, 6400)
+        loss = (targets.nll * targets.weights).sum()
+        return len(targets.filled_logits), [loss, *torch.autograd.grad(loss, [*model.parameters()])]
+
+    more, found = loss_and_gradients()
+    monkeypatch.setattr(losses, "filled_up", lambda where: where)
+    fewer, expected = loss_and_gradients()
+    assert more > fewer == batch.num_target_tokens
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
