@@ -177,7 +177,11 @@ def test_a_gpus_pass_takes_part_of_its_memory(monkeypatch):
     }
     assert 30 < rows[768] < rows[256] < 300
     assert memory.rows_worthwhile(ModelConfig(), 1e8, 32768, gpu) == 1
-    assert memory.rows_worthwhile(ModelConfig(), 1.5e8, 512, torch.device("cpu")) == 13
+
+
+@pytest.mark.parametrize(("mostly_frozen", "rows"), [(False, 13), (True, 3)])
+def test_a_cpus_pass_takes_seconds(mostly_frozen, rows):
+    assert memory.rows_worthwhile(ModelConfig(), 1.5e8, 512, torch.device("cpu"), mostly_frozen) == rows
 
 
 def test_a_pass_of_a_mixture_on_a_cpu_has_more_rows():

@@ -230,17 +230,16 @@ def test_blocks_have_few_lengths_unless_they_are_short():
     assert filled_up(torch.tensor([0, 1, 32, 33, 64, 65])).tolist() == [0, 1, 32, 64, 64, 96]
 
 
-def test_the_softmax_of_attention_has_pytorchs_gradient_and_keeps_its_result_alone():
-    mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
-        scores, direction = (torch.randn(2, 3, 5, 5, dtype=torch.float64) for _ in range(2))
-        scores = scores.to(dtype).requires_grad_()
-        expected = (scores.double() + mask).softmax(dim=-1)
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            found = Softmax.apply(scores, mask.to(dtype))
-        assert found.dtype is dtype
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-        assert [x.data_ptr() for x in kept] == [found.data_ptr()]
-        gradients = [torch.autograd.grad(x, scores, direction.to(x.dtype))[0] for x in (found, expected)]
-        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_the_softmax_of_attention_has_pytorchs_gradient_and_keeps_its_result_alone(dtype, tolerance):
+    mask = torch.zeros(5, 5, dtype=dtype).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    scores, direction = (torch.randn(2, 3, 5, 5, dtype=dtype) for _ in range(2))
+    expected = (scores.requires_grad_().double() + mask).softmax(dim=-1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        found = Softmax.apply(scores, mask)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert [x.data_ptr() for x in kept] == [found.data_ptr()]
+    gradients = [torch.autograd.grad(x, scores, direction.to(x.dtype))[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)

@@ -88,8 +88,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 def computes_the_same(model: MiniMind, batch: Batch, parallel: Parallel) -> bool:
     """Whether the compiled decoder's outputs and gradients are those of the plain one.
 
-    It takes a pass on `batch`, of the shape that training will use, and leaves no gradients. The plain decoder
-    keeps five times as much for its backward pass and gets the rows one by one, or this check would need more
+    It takes a pass on `batch`, of the shape that training will use, and leaves no gradients. The plain
+    decoder keeps more for its backward pass and gets its rows one by one, or this check would take more
     memory than the training.
     """
     batch = batch.to(parallel.device)

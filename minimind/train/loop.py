@@ -152,8 +152,17 @@ class Trainer:
         self.data_sha256 = datasets.content_sha256
 
         self.flops_per_token = training_flops(self.model) + self.objective.flops_per_token
+        # Counted before an engine leaves a process with a part of them.
+        self.num_parameters = self.model.num_parameters
+        self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rows, wanted = options.rows_per_step, options.batch_size
-        worthwhile = rows_worthwhile(self.config, self.flops_per_token, options.max_seq_len, parallel.device)
+        worthwhile = rows_worthwhile(
+            self.config,
+            self.flops_per_token,
+            options.max_seq_len,
+            parallel.device,
+            mostly_frozen=2 * self.num_trainable < self.num_parameters,
+        )
         at_once = min(rows if options.fits_batch_size else wanted, worthwhile)
         self.shares = Shares(self.data.num_rows, rows, at_once, parallel.rank, parallel.world_size)
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)
@@ -162,9 +171,6 @@ class Trainer:
         self.eval_interval = options.eval_interval or max(1, self.total_steps // 10)
 
         check_same_as_main(self)
-        # Counted before an engine leaves a process with a part of them.
-        self.num_parameters = self.model.num_parameters
-        self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         epochs = self.total_steps / self.shares.steps_per_epoch
         work = self.flops_per_token * self.data.num_rows * options.max_seq_len * epochs
         self.compiled = compile_decoder(self.model, options.compile, work, parallel)

@@ -191,7 +191,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give all freed memory back once: after the preparation, of whose remains steps use little."""
+    """Have glibc give all freed memory back once: after a preparation, whose remains steps use little of."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
