@@ -115,6 +115,6 @@ def outputs_and_gradients(
         with parallel.autocast():
             hidden = model.model(*rows)[0].float()
         gradients = torch.autograd.grad((hidden * along).mean(), parameters)
-        sums += torch.cat([gradient.flatten() for gradient in gradients]) * len(along)
+        sums.add_(torch.cat([gradient.flatten() for gradient in gradients]), alpha=len(along))
         outputs.append(hidden.detach())
     return torch.cat(outputs), sums / len(direction)

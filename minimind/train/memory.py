@@ -22,9 +22,9 @@ from minimind.train.parallel import Parallel
 # Floating-point operations: about five seconds on two cores. There 26 M parameters were trained at 1,280
 # tokens/s with 32 rows of 512 at once, at 1,550 with 12 (what this allows), and at 1,540 with 8.
 CPU_PASS = 1e12
-# With most weights frozen there are no gradients to add up, and smaller passes cost nothing, down to here: 8
-# rows of LoRA in two layers of `small` took 0.58 s of one core at once, 0.57 in passes of 4 and 0.63 of 2.
-FROZEN_PASS = 2.5e11
+# With most weights frozen there are no gradients to add up, and smaller passes cost little: 8 rows of LoRA in
+# two layers of `small` took 0.58 s of one core at once, 0.57 in passes of 4 and 0.63 of 2 (what this allows).
+FROZEN_PASS = 1.3e11
 GPU_PASS = 0.5  # share of a GPU's memory
 ELSEWHERE = 32  # rows
 USABLE = {"cuda": 0.92, "cpu": 0.8}  # share of the memory; the rest is for fragments, and for others
