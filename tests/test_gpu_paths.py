@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as flex_module
 from minimind import blocks, lora, moe
 from minimind.config import PRESETS, ModelConfig
 from minimind.model import BlockMask, MiniMind, attention_mask
-from minimind.train import memory
+from minimind.train import memory, optim
 from minimind.train.losses import negative_log_likelihood
 from minimind.train.optim import Muon
 
@@ -139,7 +139,9 @@ def test_experts_whose_weights_are_elsewhere_work_one_by_one():
     assert not moe.grouped(OnGPU, experts)
 
 
-def test_matrices_updated_together_are_what_pytorchs_muon_makes_of_each():
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_matrices_updated_together_are_what_pytorchs_muon_makes_of_each(at_once, monkeypatch):
+    monkeypatch.setattr(optim, "ON_CPU", at_once)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))

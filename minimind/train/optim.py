@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+ON_CPU = 8  # matrices that Muon updates at once; more take memory, and are no faster
+
 
 def build_optimizers(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float, embedding_rate: float = 1.0
@@ -50,7 +52,7 @@ def build_optimizers(
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for sharded matrices too, and for a GPU in fewer, larger products.
+    """PyTorch's Muon, for sharded matrices too, and in fewer, larger products.
 
     The singular values of a matrix need all of it: each process gathers the gradients, works out the same
     update, and applies its part. Left to sharded products, their rounding would differ with the processes.
@@ -58,7 +60,7 @@ class Muon(torch.optim.Muon):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters):
+        if all(p.device.type in ("cuda", "cpu") and not isinstance(p, DTensor) for p in parameters):
             for group in self.param_groups:
                 self.update_together(group)
             return None
@@ -67,31 +69,36 @@ class Muon(torch.optim.Muon):
                 parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
         return super().step(closure)
 
-    @torch.no_grad()
     def update_together(self, group: dict[str, Any]) -> None:
-        """What PyTorch's step does to one matrix after the other, with all matrices of a shape as one batch.
+        """What PyTorch's step does to one matrix after the other, with matrices of a shape as one batch.
 
         A small model's matrices keep a GPU waiting: on an H100, 56 of them took 30 ms one by one, half as
-        long as forward and backward of 65,536 tokens.
+        long as forward and backward of 65,536 tokens. The cores of a CPU wait for each other in each product:
+        two took 135 ms for eight of `moe` one by one, 83 in a batch, where each has matrices of its own.
         """
-        parameters = [p for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters]
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        of_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                of_shape[parameter.shape].append(parameter)
+        for matrices in of_shape.values():
+            at_once = ON_CPU if matrices[0].device.type == "cpu" else len(matrices)
+            for i in range(0, len(matrices), at_once):
+                self.update_batch(matrices[i : i + at_once], group)
+
+    @torch.no_grad()
+    def update_batch(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        gradients = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-
-        of_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, parameter in enumerate(parameters):
-            of_shape[parameter.shape].append(i)
-        for shape, members in of_shape.items():
-            update = orthogonalized(torch.stack([updates[i] for i in members]), group)
-            matrices = [parameters[i] for i in members]
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # "match_rms_adamw"
-            torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-rate)
+        update = orthogonalized(torch.stack(updates), group)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape))  # "match_rms_adamw"
+        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-rate)
 
 
 def orthogonalized(x: Tensor, group: dict[str, Any]) -> Tensor:
