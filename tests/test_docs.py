@@ -15,7 +15,6 @@ from importlib.util import find_spec
 
 import pytest
 from documented import PAGES, Command, Wrong, block_commands, check, documented_commands, kind, own_main
-from server.browser import chromium
 from test_lora import randomise
 from test_model import random_model
 
@@ -315,9 +314,9 @@ def test_the_site_has_every_page_and_asks_nobody(site):
 
 
 @pytest.mark.parametrize(("page", "words"), [("index.html", "蒸馏"), ("en/index.html", "distillation")])
-def test_the_search_works_in_a_site_opened_as_a_file(site, page, words):
-    with chromium() as browser:
-        tab = browser.new_context(offline=True).new_page()
+def test_the_search_works_in_a_site_opened_as_a_file(site, browser, page, words):
+    with browser.new_context(offline=True) as context:
+        tab = context.new_page()
         tab.goto((site / page).as_uri())
         tab.locator(".md-search__input").click()
         tab.keyboard.type(words)

@@ -89,7 +89,7 @@ def random_model(config: ModelConfig) -> MiniMind:
 def packed_batch(setting: Setting) -> Batch:
     tokenizer = Tokenizer.load()
     store = prepare(setting.data / "pretrain_hq.jsonl", "pretrain", tokenizer, on_bad_record="skip")
-    return rows_of(store, tokenizer, 128 if setting.dry_run else 512).batch(0, 0, 2 if setting.dry_run else 8)
+    return rows_of(store, tokenizer, 128 if setting.dry_run else 512).batch(0, 0, 8)
 
 
 def loss_and_gradients(

@@ -261,13 +261,13 @@ def test_the_ollama_folder(minimind, tmp_path):
     assert (tmp_path / "folder/model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
-@needs_shared
 def test_the_line_for_ollama_can_be_pasted(minimind, tmp_path, capsys):
     minimind("export ollama", tmp_path / "a b", *SIZE)
     line = capsys.readouterr().out.splitlines()[-1]
     assert shlex.split(line) == ["ollama", "create", "minimind", "-f", str(tmp_path / "a b" / "Modelfile")]
 
 
+@needs_shared
 def test_the_system_prompt_that_a_template_brings_is_told():
     assert 'SYSTEM """You are a helpful assistant"""' in modelfile(Tokenizer.load(MINIMIND2)).splitlines()
 

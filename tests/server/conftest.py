@@ -16,7 +16,7 @@ from test_model import random_model
 from minimind.config import ModelConfig
 from minimind.lora import attach, save_lora
 from minimind.weights import save_weights
-from server.browser import Watch, chromium
+from server.browser import Watch
 from server.stub import Stub
 
 if TYPE_CHECKING:
@@ -26,12 +26,6 @@ REAL = "MINIMIND_PAGE_URL"  # the address of a running server without an API key
 TIMEOUT = 10_000  # milliseconds that a test waits for what it expects
 # A model of random weights does not end by itself: its answers are kept short.
 SHORT = """try { localStorage["minimind.settings"] ??= '{"max_tokens": 24}'; } catch {}"""
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture
