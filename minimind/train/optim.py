@@ -87,11 +87,11 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def update_batch(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape."""
-        gradients = [matrix.grad for matrix in matrices]
+        """Update matrices of one shape, each of which has a gradient."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
