@@ -44,6 +44,7 @@ def optimizer_step(
 
     try:
         # Within one context all passes share the weights' casts. Sharded weights come and go in each.
+        # No pass may run the trained model without gradients first: its casts, kept, would have none.
         with nullcontext() if parallel.sharded else parallel.autocast():
             losses = accumulate_gradients(trainer, batches, units, signals)
     except (MemoryError, RuntimeError) as error:
