@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from minimind.config import PRESETS, ModelConfig, YarnScaling, model_config
 from minimind.errors import UserError
 from minimind.export.huggingface import transformers_config, transformers_state_dict
-from minimind.model import MiniMind, Softmax, attention_mask
+from minimind.model import QUERIES_AT_ONCE, MiniMind, Softmax, attend, attention_mask
 from minimind.moe import balance, filled_up
 
 SHAPES = {
@@ -228,6 +228,23 @@ def test_experts_on_blocks_that_are_filled_up_compute_what_each_would_alone(toke
 
 def test_blocks_have_few_lengths_unless_they_are_short():
     assert filled_up(torch.tensor([0, 1, 32, 33, 64, 65])).tolist() == [0, 1, 32, 64, 64, 96]
+
+
+def test_attention_some_queries_at_a_time_is_pytorchs():
+    queries, keys = 2 * QUERIES_AT_ONCE + 30, 2 * QUERIES_AT_ONCE + 50  # 20 keys were there before
+    documents = (torch.rand(2, keys) < 0.01).cumsum(1)
+    mask = torch.zeros(2, 1, keys, keys).masked_fill(~attention_mask(documents, 8), -torch.inf)[
+        :, :, -queries:
+    ]
+    inputs = [
+        torch.randn(2, heads, n, 8, requires_grad=True) for heads, n in ((4, queries), (2, keys), (2, keys))
+    ]
+    direction = torch.randn(2, 4, queries, 8)
+    found = attend(*inputs, mask)
+    expected = F.scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(out, inputs, direction) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
