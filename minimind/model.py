@@ -10,7 +10,7 @@ Shapes: B rows, T positions, H hidden size, N query heads, K key/value heads, D 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,30 +161,11 @@ def weighted_values(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> 
     groups = key.shape[1]  # the N / K heads of a group share keys: one product of N / K · T queries
     query = (query * width**-0.5).reshape(rows, groups, -1, width)  # (B, K, N / K · T, D)
     scores = (query @ key.transpose(-1, -2)).view(rows, heads, length, -1)  # (B, N, T, S)
-    probabilities = Softmax.apply(scores, mask)
+    with torch.autocast(query.device.type, enabled=False):
+        # A bf16 softmax sums in fp32, too. Autocast's would keep its fp32 result for the backward pass.
+        probabilities = (scores + mask).softmax(dim=-1)
     out = probabilities.view(rows, groups, -1, key.shape[2]) @ value  # (B, K, N / K · T, D)
     return out.view(rows, heads, length, width)
-
-
-class Softmax(torch.autograd.Function):
-    """softmax(scores + mask) over the last dimension, in the scores' precision though computed in fp32.
-
-    Its gradient needs nothing but the result, which the next product keeps anyway. PyTorch's own keeps fp32
-    values beside it, and when compiled the scores: a quarter of all that a layer kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
-        probabilities = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
-        ctx.save_for_backward(probabilities)
-        return probabilities
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (probabilities,) = ctx.saved_tensors
-        along = probabilities.float() * gradient.float()
-        along = along - probabilities * along.sum(dim=-1, keepdim=True)
-        return along.to(gradient.dtype), None
 
 
 class MLP(nn.Module):
