@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{flaws.count:,} bad records skipped; all flaws: {flaws.path}\n  the first: {flaws.first}")
     if info:
         path = options.output.parent / DATASET_INFO
-        write_text(path, json.dumps(info, ensure_ascii=False, indent=2))
+        write_text(path, json.dumps(info, ensure_ascii=False, indent=2) + "\n")
         print(f"{path}: has its entry, {entry_name(options)}")
     if info and options.output.suffix == ".gz":
         print("LLaMA-Factory reads no .gz; unpack it there")

@@ -232,6 +232,7 @@ def test_other_entries_are_kept(convert, tmp_path):
     others = {"identity": {"file_name": "identity.json"}, "data": {"file_name": "data.jsonl", "x": 1}}
     info.write_text(json.dumps(others))
     convert(PAIRS, "--to", "openai")
+    assert info.read_text().endswith("}\n")
     entries = json.loads(info.read_text())
     assert entries["identity"] == others["identity"]
     assert entries["data"] == {
