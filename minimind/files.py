@@ -7,6 +7,9 @@ import errno
 import glob
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -22,22 +25,17 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises: UserError when the disk is full or the folder is not writable, or when `path` is there and no
         file (a folder, /dev/null); it is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"could not write {path}: it is no plain file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(temporary, path)
+        with temporary_beside(path) as temporary:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         raise failed_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # said above, if it matters
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,21 +51,38 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     refuse_to_replace(folder)
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        temporary.mkdir()
-        yield temporary
-        for path in temporary.iterdir():
-            sync(path)
-        sync(temporary)
-        refuse_to_replace(folder)  # another process may have been faster
-        put_in_place(temporary, folder)
+        with temporary_beside(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.iterdir():
+                sync(path)
+            sync(temporary)
+            refuse_to_replace(folder)  # another process may have been faster
+            put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise failed_write(folder, error) from error
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A name in the folder of `path`; what bears it at the end is removed, also when SIGTERM is the end.
+
+    A process that has its own way with SIGTERM, as a training run has, keeps it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    unwinds = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if unwinds:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+        if unwinds:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def put_in_place(path: Path, final: Path) -> None:
@@ -92,10 +107,16 @@ def remove_leftovers(path: Path) -> None:
     """Delete what processes that were killed in the middle of a write have left beside `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not is_running(left.name.split(".")[-2]):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder as far as that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def is_running(pid: str) -> bool:

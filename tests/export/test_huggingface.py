@@ -192,6 +192,23 @@ def test_a_write_that_fails_leaves_nothing(minimind, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("export hf", signal.SIGINT), ("export hf", signal.SIGTERM), ("export gguf", signal.SIGTERM)],
+)
+def test_a_signal_ends_an_export_without_remains(name, number, out, tmp_path):
+    """It comes in the middle of the write, as the first bytes are synchronised with the disk."""
+    script = (
+        "import os; from minimind import files; from minimind.cli import run\n"
+        f"files.os.fsync = lambda _: os.kill(os.getpid(), {int(number)})\n"
+        "run()"
+    )
+    command = [*name.split(), str(tmp_path / "made"), "--out_dir", str(out), *SIZE, "--use_moe", "0"]
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_a_killed_export_left_goes_with_the_next(minimind, tmp_path):
     script = (
         "import os, signal; from pathlib import Path; from minimind.files import atomic_folder\n"
