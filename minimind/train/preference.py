@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.data.batches import PairBatch, PairDataset
-from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 from minimind.train.losses import AtTargets, at_all_targets, at_targets
@@ -47,12 +46,9 @@ class Preference(Objective):
             data.reference = parallel.sum(reference).cpu()
 
     def state_dict(self, datasets: list[PairDataset]) -> dict[str, Any]:
-        return {"contents": contents(datasets), "references": [data.reference for data in datasets]}
+        return {"references": [data.reference for data in datasets]}
 
     def load_state_dict(self, state: dict[str, Any], datasets: list[PairDataset]) -> None:
-        """Raises: UserError when the checkpoint was made with other pairs to evaluate on."""
-        if state["contents"] != contents(datasets):
-            raise UserError("the checkpoint was made with another --eval_path; resume with the same")
         for data, reference in zip(datasets, state["references"], strict=True):
             data.reference = reference
 
@@ -130,8 +126,3 @@ def dpo_loss(logps: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Ten
     """
     rewards = beta * (logps - reference)
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
-
-
-def contents(datasets: list[PairDataset]) -> list[str]:
-    """Which files the pairs are from."""
-    return [data.store.meta["content_sha256"] for data in datasets]

@@ -43,6 +43,7 @@ FIXED_IN_A_RUN = (
     "grad_clip",
     "max_steps",
     "seed",
+    "from_weight",
 )
 
 
@@ -127,7 +128,7 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
 
 
 def identity(trainer: Trainer) -> dict[str, Any]:
-    """What makes a run this run: all that decides its results."""
+    """What makes a run this run: all that decides its results, the scores of its evaluations included."""
     shared = {item.name for item in dataclasses.fields(TrainOptions)}
     own = {item.name for item in dataclasses.fields(trainer.options)} - shared
     options = {name: getattr(trainer.options, name) for name in (*FIXED_IN_A_RUN, *sorted(own))}
@@ -135,6 +136,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     options = {name: value for name, value in options.items() if not isinstance(value, Path)}
     data = {
         "data (its content)": trainer.data_sha256,
+        "data to evaluate on (its content)": trainer.datasets()[-1].store.meta["content_sha256"],
         "rows to train on": trainer.data.num_rows,
         "order of rows (its version)": ORDER_VERSION,
         "rows of an optimizer step": trainer.shares.rows_per_step,

@@ -127,6 +127,18 @@ def test_another_teacher_makes_another_run(distill_options):
         distill(replace(distill_options, from_resume=True), path)
 
 
+def test_scores_of_other_data_make_another_run(distill_options, conversations, tmp_path):
+    path = write_teacher(distill_options)
+    apart = tmp_path / "apart.jsonl"
+    apart.write_bytes(conversations.read_bytes())
+    distill(replace(distill_options, eval_path=apart), path)
+    elsewhere = apart.rename(tmp_path / "elsewhere.jsonl")
+    distill(replace(distill_options, eval_path=elsewhere, from_resume=True), path)
+    elsewhere.write_text(conversations.read_text().replace("等于几", "是多少"))
+    with pytest.raises(UserError, match=r"another run: data to evaluate on \(its content\) was"):
+        distill(replace(distill_options, eval_path=elsewhere, from_resume=True), path)
+
+
 def test_mistakes_get_a_sentence(distill_options, tmp_path):
     with pytest.raises(UserError, match=r"no weights at .*full_sft_768\.pth; make them with: make it"):
         distill(distill_options, distill_options.teacher)

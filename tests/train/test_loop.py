@@ -127,6 +127,8 @@ def test_resuming_another_run_is_refused(options, texts, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "别的文字"}] * 200)
     with pytest.raises(UserError, match="data"):
         run(replace(options, from_resume=True, data_path=other))
+    with pytest.raises(UserError, match="another run: from_weight was None, is pretrain"):
+        run(replace(options, from_resume=True, from_weight="pretrain"))
 
 
 def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monkeypatch, capsys):

@@ -318,7 +318,7 @@ def test_a_resumed_run_needs_no_reference(dpo_options, tmp_path, monkeypatch):
     for name in ("loss", "rewards/margins", "eval_margin"):
         assert metrics(resumed, name) == metrics(whole, name)
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
-    with pytest.raises(UserError, match="another --eval_path"):
+    with pytest.raises(UserError, match=r"another run: data to evaluate on \(its content\) was"):
         run(replace(dpo_options, from_resume=True, eval_path=dpo_options.data_path), DPO)
 
 
