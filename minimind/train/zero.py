@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.train.engine import Engine
+from minimind.train.memory import is_out_of_memory
 from minimind.train.optim import build_optimizers
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel
@@ -53,9 +55,10 @@ class ZeroEngine(Engine):
             # DeepSpeed ends the autocast around it; its own would send gradients in bf16.
             model.forward = parallel.autocast()(model.forward)
         settings = deepspeed_settings(options, parallel)
+        deepspeed = import_deepspeed(parallel)
         # What goes wrong without settings of the user is no mistake of the user.
         with settings_errors_explained() if options.deepspeed_config else nullcontext():
-            self.trained = start_deepspeed(model, optimizer, settings, parallel)
+            self.trained = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
         self.zero = self.trained.optimizer
         self.allocate_moments()
         by_group = parallel.zero_stage == 3
@@ -243,10 +246,7 @@ def share_out(shapes: dict[str, torch.Size], processes: int) -> dict[str, int]:
     return owners
 
 
-def start_deepspeed(
-    model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], parallel: Parallel
-) -> nn.Module:
-    """DeepSpeed's engine over `model`."""
+def import_deepspeed(parallel: Parallel) -> ModuleType:
     os.environ["DS_ACCELERATOR"] = parallel.device.type  # --device decides, not what DeepSpeed finds
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -255,19 +255,26 @@ def start_deepspeed(
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Its extension for processes on one CPU takes a compiler and minutes to build; gloo does without.
     deepspeed.ops.__compatible_ops__ = {}
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    return deepspeed
 
 
 @contextlib.contextmanager
 def settings_errors_explained() -> Iterator[None]:
-    """DeepSpeed checks its settings by assertions, by exceptions of its own and by pydantic's.
+    """For the one call that gives DeepSpeed its settings.
 
+    It checks them by assertions, pydantic (a ValueError) and exceptions of its own; what it does not check
+    fails where it is used: a section of another type, a module or an extension that is not there.
     Raises: UserError when it refuses them.
     """
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    own = (DeepSpeedConfigError, ZeRORuntimeException)
+    checked, used = (AssertionError, ValueError), (AttributeError, TypeError, ImportError, RuntimeError)
     try:
         yield
-    except (AssertionError, ValueError, TypeError, ImportError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (*own, *checked, *used) as error:
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:400]
         if "ninja" in reason.lower() or "jit load" in reason.lower() or "c++" in reason.lower():

@@ -93,7 +93,8 @@ def deepspeed_settings(options: TrainOptions, parallel: Parallel) -> dict[str, A
     }
     settings = merged(ours, theirs)
     settings["zero_optimization"] |= {"stage": parallel.zero_stage, "compute_grad_norm": True}
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+    offload = settings["zero_optimization"].get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(f"{options.deepspeed_config}: checkpoints cannot reach state on nvme; offload to cpu")
     return settings
 
@@ -111,6 +112,9 @@ def user_settings(options: TrainOptions) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path} is no JSON: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--deepspeed_config {path} must be an object, {{…}}")
+    for section in ("zero_optimization", *PRECISIONS):
+        if not isinstance(settings.get(section, {}), dict):
+            raise UserError(f"--deepspeed_config {path}: {section} must be an object, {{…}}")
     return settings
 
 

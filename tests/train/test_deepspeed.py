@@ -252,6 +252,9 @@ def test_what_asks_for_zero(options, tmp_path, monkeypatch):
         zero_stage(options)
 
 
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -297,10 +300,46 @@ def test_the_users_settings_go_over_ours(options, tmp_path):
     assert "bf16" not in settings
 
 
-def test_what_deepspeed_refuses_is_one_sentence(options, zero_3, tmp_path):
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"zero_optimization": {"reduce_bucket_size": "much"}},
+            "these settings: .*reduce_bucket_size",
+        ),
+        ({"checkpoint": {"tag_validation": "x"}}, "these settings: .*tag_validation"),
+        (
+            {
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": True,
+            },
+            "these settings: You are using ZeRO-Offload",
+        ),
+        ({"aio": 5}, "these settings: 'int' object"),
+        ({"zero_optimization": {"offload_optimizer": 5}}, "these settings: .*offload_optimizer"),
+        ({"zero_optimization": 3}, r"ds\.json: zero_optimization must be an object"),
+        ({"bf16": True}, r"ds\.json: bf16 must be an object"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_sentence(options, zero_3, tmp_path, settings, message):
     file = tmp_path / "ds.json"
-    file.write_text('{"zero_optimization": {"reduce_bucket_size": "much"}}')
-    with pytest.raises(UserError, match=r"DeepSpeed does not take these settings: .*reduce_bucket_size"):
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        Trainer(PRETRAIN, replace(options, deepspeed_config=file), zero_3)
+
+
+@pytest.mark.parametrize("broken", ["import_deepspeed", "deepspeed_settings"])
+def test_a_bug_of_ours_is_not_called_deepspeeds(options, zero_3, tmp_path, monkeypatch, broken):
+    def bug(*_):
+        raise TypeError("ours")
+
+    file = tmp_path / "ds.json"
+    file.write_text("{}")
+    monkeypatch.setattr(f"minimind.train.zero.{broken}", bug)
+    with pytest.raises(TypeError, match="ours"):
         Trainer(PRETRAIN, replace(options, deepspeed_config=file), zero_3)
 
 
