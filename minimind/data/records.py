@@ -376,7 +376,7 @@ def kind_of(path: Path, asked: AskedKind = "auto") -> Kind:
         raise no_records(path)
     raise UserError(
         f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
-        "mend it (dataset/README.md shows the formats), or give --kind"
+        f"mend it (dataset/README.md shows how): `minimind data check {path} --kind …` names its flaws"
     )
 
 
