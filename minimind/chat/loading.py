@@ -121,7 +121,7 @@ class ShapeOptions:
 
 @dataclass(frozen=True)
 class LoadOptions(ShapeOptions):
-    """The flags of every command that uses a trained model."""
+    """The flags of every command that uses a trained model: it may be one in a transformers directory too."""
 
     model_mode: int = flag(
         1, ", ".join(f"{mode} {stage}" for mode, stage in enumerate(MODES)), choices=range(len(MODES))
@@ -129,6 +129,7 @@ class LoadOptions(ShapeOptions):
     lora_name: tuple[str, ...] = flag((), "LoRA adapters to add, one or several")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    hf_dir: Path | None = flag(None, "transformers directory to load, as `minimind export hf` writes it")
 
     def __post_init__(self) -> None:
         if self.adapters and self.stage == "pretrain":
@@ -146,6 +147,19 @@ class LoadOptions(ShapeOptions):
         """The names of those asked for; "None" is the seed's word for none."""
         return [name for name in self.lora_name if name != "None"]
 
+    def find_weights(self, notes: TextIO) -> Path:
+        if self.hf_dir is None:
+            return super().find_weights(notes)
+        if not self.hf_dir.is_dir():
+            raise UserError(f"--hf_dir {self.hf_dir} is no directory; `minimind export hf FOLDER` writes one")
+        return self.hf_dir.resolve()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The one named, or the one in the transformers directory, or the shipped one."""
+        from minimind.tokenizer import Tokenizer
+
+        return Tokenizer.load(self.tokenizer_path or self.hf_dir)
+
     def load_model(self, path: Path, adapters: Sequence[str], tokenizer: Tokenizer) -> MiniMind:
         """The model in `path`, a weight file or a transformers directory, with `adapters`, ready to answer.
 
@@ -162,29 +176,15 @@ class LoadOptions(ShapeOptions):
 
 @dataclass(frozen=True)
 class AnswerOptions(LoadOptions):
-    """The flags of the commands that answer with a model: it may be one in a transformers directory too."""
+    """The flags of the commands that answer with a model."""
 
     load: int = flag(0, "0: a .pth file, 1: --hf_dir", choices=(0, 1))
-    hf_dir: Path | None = flag(None, "transformers directory to load, as `minimind export hf` writes it")
     weights: str = flag("half", "how they are held in memory", choices=WEIGHTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.load == 1 and self.hf_dir is None:
             raise UserError("--load 1 reads a transformers directory; name it with --hf_dir")
-
-    def find_weights(self, notes: TextIO) -> Path:
-        if self.hf_dir is None:
-            return super().find_weights(notes)
-        if not self.hf_dir.is_dir():
-            raise UserError(f"--hf_dir {self.hf_dir} is no directory; `minimind export hf FOLDER` writes one")
-        return self.hf_dir.resolve()
-
-    def load_tokenizer(self) -> Tokenizer:
-        """The one named, or the one in the transformers directory, or the shipped one."""
-        from minimind.tokenizer import Tokenizer
-
-        return Tokenizer.load(self.tokenizer_path or self.hf_dir)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int | bool]:

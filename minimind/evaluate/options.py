@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minimind.chat.loading import LoadOptions, description
+from minimind.chat.loading import LoadOptions, check_positions, description
 from minimind.config import ModelConfig
 from minimind.errors import UserError
 from minimind.files import check_writable, write_text
@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     model: MiniMind
     tokenizer: Tokenizer
     parallel: Parallel
-    path: Path  # of the weights
+    path: Path  # of the weights, a file or a transformers directory
     stage: str
     adapters: list[str]
     max_seq_len: int
@@ -53,11 +53,13 @@ class Loaded(NamedTuple):
 
     def table(self) -> dict[str, Any]:
         """What a reader of results must know of the model, for JSON."""
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # of a directory's files one after the other
+        for path in sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
         return {
             "weights": str(self.path),
-            "weights_sha256": sha256,
+            "weights_sha256": digest.hexdigest(),
             "adapters": self.adapters,
             "parameters": self.model.num_parameters,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
@@ -93,11 +95,12 @@ class EvalOptions(LoadOptions):
             if self.json.exists() and not self.json.is_file():
                 raise UserError(f"--json {self.json} is no plain file; name another")
             check_writable(self.json.parent, "--json")
-        from minimind.tokenizer import Tokenizer
         from minimind.train.parallel import Parallel, choose_device, choose_dtype, keep_freed_memory
 
-        tokenizer = Tokenizer.load(self.tokenizer_path)
+        tokenizer = self.load_tokenizer()
         model = self.load_model(path, self.adapters, tokenizer)
+        length = self.max_seq_len or min(trained_length(path), model.config.max_position_embeddings)
+        check_positions(model.config, "max_seq_len", length)
         if model.device.type == "cpu":
             keep_freed_memory()
         parallel = Parallel(choose_device(self.device), choose_dtype(self.dtype, model.device))
@@ -108,7 +111,7 @@ class EvalOptions(LoadOptions):
             path,
             self.stage,
             self.adapters,
-            self.max_seq_len or trained_length(path),
+            length,
         )
         say(f"{description(' + '.join([path.name, *self.adapters]), model)}, {loaded.dtype}")
         return loaded

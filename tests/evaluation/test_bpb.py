@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -57,6 +58,30 @@ def test_texts_and_answers_by_the_equation(texts, chats, out, flags, tmp_path, c
     assert found[1]["bits_per_byte"] == pytest.approx(expected / math.log(2) / num_bytes, rel=1e-4)
     shown = capsys.readouterr().out
     assert f"{texts}: {found[0]['bits_per_byte']:.4f} bits per byte" in shown
+
+
+def test_a_transformers_directory_gives_what_the_weights_in_it_give(texts, chats, flags, tmp_path):
+    folder, results = tmp_path / "hf", []
+    assert main(["export", "hf", str(folder), *flags[:2]]) == 0
+    for more in ([], ["--hf_dir", str(folder)]):
+        path = tmp_path / "results.json"
+        assert main(["eval", "bpb", str(texts), str(chats), *flags, *more, "--json", str(path)]) == 0
+        results.append(json.loads(path.read_text()))
+    assert results[1]["bits_per_byte"] == results[0]["bits_per_byte"]
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert results[1]["model"]["weights_sha256"] == sha256
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 100}))
+    assert main(["eval", "bpb", str(texts), *flags, "--hf_dir", str(folder), "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["model"]["max_seq_len"] == 100
+    with pytest.raises(UserError, match="--max_seq_len 200 is more than the 100 positions"):
+        main(["eval", "bpb", str(texts), *flags, "--hf_dir", str(folder), "--max_seq_len", "200"])
+
+
+def test_a_file_whose_kind_cannot_be_told_names_the_command_that_tells_more(flags, tmp_path):
+    path = write_jsonl(tmp_path / "odd.jsonl", [{"txt": "春天"}])
+    with pytest.raises(UserError, match=f"`minimind data check {path} --kind …` names its flaws"):
+        main(["eval", "bpb", str(path), *flags])
 
 
 def test_conversations_that_are_cut_are_told(chats, flags, capsys):
