@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimind.chat_template import with_marks, without_marks
 from minimind.errors import UserError
 from minimind.export.folder import tokenizer_files
 from minimind.files import write_text
@@ -32,6 +33,7 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     tokenizer = tokenizer_of(folder, options.tokenizer_path)
     check_vocabulary(options.source, model.config, tokenizer)
     shipped = tokenizer.fingerprint == Tokenizer.load().fingerprint
+    flaw = None if shipped or options.stage == "pretrain" else template_flaw(tokenizer)
     if not shipped:
         for name, text in tokenizer_files(tokenizer).items():
             write_text(run_dir / "tokenizer" / name, text)
@@ -46,6 +48,8 @@ def keep(model: MiniMind, folder: Path, options: ImportOptions) -> int:
     elif not (folder / "tokenizer.json").is_file() and not options.tokenizer_path:
         print("no tokenizer came with it, so it counts as trained with the shipped one; MiniMind2's weights")
         print(f"were not: delete {target} and import them again with --tokenizer_path")
+    if flaw:
+        print(f"{flaw}; mend it there, delete {target} and import it again")
     return 0
 
 
@@ -70,6 +74,21 @@ def meaning(tokenizer: Tokenizer) -> dict[str, Any]:
     except UserError:  # it has no template, or one that knows no system message
         chat = tokenizer.chat_template
     return json.loads(tokenizer.tokenizer_json) | around | {"chat": chat}
+
+
+def template_flaw(tokenizer: Tokenizer) -> str | None:
+    """What a chat template from elsewhere fails at: at answers, or at marking them for those who train on."""
+    try:
+        tokenizer.render_chat([{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except UserError as error:
+        return f"it cannot chat: {error}"
+    marked = with_marks(tokenizer.chat_template)
+    if without_marks(marked) == marked:
+        return (
+            f"the chat template in {tokenizer.path} has no {{% generation %}} around answers: MiniMind knows "
+            "them all the same, but TRL's assistant_only_loss will not in an export of this model"
+        )
+    return None
 
 
 def exact_dtype(model: MiniMind) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,32 @@ def test_another_tokenizer_comes_along(out, minimind, tmp_path, capsys):
     with pytest.raises(UserError, match="another tokenizer"):
         chat.main(arguments)
     assert chat.main([*arguments, "--tokenizer_path", str(kept)]) == 0
+
+
+PLAIN = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for message in %}", "it cannot chat: the chat template in .*hf cannot render .*: Expected"),
+        ("{{ messages[3].content }}", "it cannot chat: the chat template in .*hf cannot render"),
+        ("", "it cannot chat: .*hf has no chat template"),
+        (PLAIN, r"the chat template in .*hf has no \{% generation %\} around answers"),
+        (PLAIN.replace("{{", "{% generation %}{{").replace("}}", "}}{% endgeneration %}"), None),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(template, said, out, minimind, tmp_path, capsys):
+    minimind("export hf", tmp_path / "hf", *SIZE)
+    (tmp_path / "hf/chat_template.jinja").write_text(template)
+    capsys.readouterr()
+    for stage, told in (("reason", said), ("pretrain", None)):
+        minimind("import hf", tmp_path / "hf", "--stage", stage)
+        _weights, tokenizer, *more = capsys.readouterr().out.splitlines()
+        assert tokenizer.startswith("it has a tokenizer of its own")
+        assert len(more) == (told is not None)
+        if told:
+            assert re.match(f"{told}.*; mend it there, delete {out}/{stage}_64.pth and import", more[0])
 
 
 def test_weights_and_runs_are_not_overwritten(out, minimind, tmp_path):
