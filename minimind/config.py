@@ -62,6 +62,15 @@ class ModelConfig:
         return 64 * -(-8 * self.hidden_size // (3 * 64))
 
     @property
+    def num_parameters(self) -> int:
+        """Of the model that has this shape; the tied embeddings count once."""
+        h = self.hidden_size
+        attention = 2 * h * h + 2 * h * self.num_key_value_heads * self.head_dim
+        mlps = self.num_experts + self.num_shared_experts if self.num_experts else 1
+        layer = attention + self.num_experts * h + mlps * 3 * h * self.intermediate_size + 2 * h
+        return self.vocab_size * h + self.num_hidden_layers * layer + h
+
+    @property
     def name(self) -> str:
         """The tail of weight files: `512`, `640_moe`."""
         return f"{self.hidden_size}{'_moe' if self.num_experts else ''}"

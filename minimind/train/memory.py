@@ -14,6 +14,7 @@ import torch
 from minimind.config import ModelConfig
 from minimind.data.batches import PackedDataset
 from minimind.errors import UserError
+from minimind.files import shown_size
 from minimind.train.cost import peak_memory, total_memory
 from minimind.train.engine import Engine
 from minimind.train.objective import Objective
@@ -49,6 +50,18 @@ def memory_errors_explained(parallel: Parallel) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has a class for it, a CPU allocation only a sentence."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def check_weights_fit(config: ModelConfig, device: torch.device) -> None:
+    """Raises: UserError when a model of this shape is too large to be made and brought to `device`."""
+    size = 4 * config.num_parameters
+    for place in {torch.device("cpu"), device}:
+        if size > total_memory(place):
+            raise UserError(
+                f"the weights of {config.num_hidden_layers:,} layers of width {config.hidden_size:,} take "
+                f"{shown_size(size)}, but {place} has {shown_size(total_memory(place))}; lower "
+                "--num_hidden_layers or --hidden_size"
+            )
 
 
 def rows_worthwhile(

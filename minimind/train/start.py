@@ -26,6 +26,7 @@ from minimind.train.checkpoint import (
     set_random_state,
 )
 from minimind.train.compiling import computes_the_same
+from minimind.train.memory import check_weights_fit
 from minimind.train.options import TrainOptions
 from minimind.weights import check_tokenizer, load_model
 
@@ -50,6 +51,7 @@ FIXED_IN_A_RUN = (
 def initial_model(trainer: Trainer) -> tuple[MiniMind, Path | None]:
     """Random weights, or those of the stage that comes before this one, and then their file."""
     options, config = trainer.options, trainer.config
+    check_weights_fit(config, trainer.parallel.device)
     has_checkpoint = options.from_resume and list_checkpoints(trainer.run_dir / "checkpoints")
     from_weight = options.from_weight
     names = (from_weight,) if from_weight else trainer.stage.starts_from

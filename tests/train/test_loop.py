@@ -183,6 +183,14 @@ def test_weights_that_no_stage_is_known_for_are_not_guessed(options):
         run(replace(options, from_weight="sft"))
 
 
+@pytest.mark.parametrize("size", [{"num_hidden_layers": 10**9}, {"hidden_size": 8 * 10**12}])
+def test_weights_that_no_memory_holds_are_a_sentence(options, size):
+    with pytest.raises(
+        UserError, match=r"layers of width .* take .* GB, but cpu has .* GB; lower --num_hidd"
+    ):
+        run(replace(options, **size))
+
+
 def test_too_little_memory_is_a_sentence(options, monkeypatch):
     def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
