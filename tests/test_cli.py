@@ -162,15 +162,15 @@ def test_merge_keeps_the_tokenizers_apart(out, minimind):
 
 
 def test_what_merge_refuses(out, minimind):
-    with pytest.raises(UserError, match=r"full_sft_64\.pth exists already; choose another --output_dir"):
-        minimind("merge", "--lora_name", "all", "--output_dir", out)
+    with pytest.raises(UserError, match=r"full_sft_64\.pth exists already; choose another --merged_dir"):
+        minimind("merge", "--lora_name", "all", "--merged_dir", out)
     with pytest.raises(UserError, match="names all twice"):
         minimind("merge", "--lora_name", "all", "all")
     (out / "file").touch()
     with pytest.raises(
         UserError, match=r"could not write .*file.full_sft_64\.pth: (Not a directory|File exists)$"
     ):
-        minimind("merge", "--lora_name", "all", "--output_dir", out / "file")
+        minimind("merge", "--lora_name", "all", "--merged_dir", out / "file")
     with pytest.raises(
         UserError, match=r"there are: all, attention\); make one with: python trainer/train_lora"
     ):

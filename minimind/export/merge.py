@@ -19,7 +19,7 @@ from minimind.runs import RUN, run_folder
 class MergeOptions(WeightOptions):
     lora_name: tuple[str, ...] = flag(("lora_medical",), "adapters to add, one name or several")
     from_weight: str = flag("full_sft", "stage whose weights they are added to", choices=MODES)
-    output_dir: Path | None = flag(None, "folder of the result; without it merged/ in out_dir")
+    merged_dir: Path | None = flag(None, "folder of the result; without it merged/ in out_dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parse_flags(MergeOptions, argv, inspect.getdoc(main))
     base = options.weights
-    target = (options.output_dir or options.out_dir / "merged") / base.name
-    refuse_to_replace(target, "choose another --output_dir or move it")
+    target = (options.merged_dir or options.out_dir / "merged") / base.name
+    refuse_to_replace(target, "choose another --merged_dir or move it")
     import torch
 
     model, tokenizer = options.load()
