@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out_dir = options.out_dir or make_weights(options.preset, Path(folder))
         command = [sys.executable, "-m", "minimind", "serve", "--out_dir", str(out_dir)]
         command += ["--preset", options.preset, "--weights", "fp32", "--rows", str(options.rows)]
-        command += ["--queue", str(options.streams), "--max_length", "1024", "--port", "0", "--device", "cpu"]
+        command += ["--queue", str(options.streams), "--max_seq_len", "1024"]
+        command += ["--port", "0", "--device", "cpu"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
             try:
                 port = next((port_of(line) for line in server.stdout if line.startswith("page: ")), None)

@@ -39,7 +39,7 @@ class ServeOptions(AnswerOptions):
     )
     rows: int = flag(16, "answers that are written at once, of each model")
     queue: int = flag(64, "answers that may wait beyond them; then clients are told to come again (429)")
-    max_length: int = flag(2048, "tokens of a prompt and its answer together")
+    max_seq_len: int = flag(2048, "tokens of a prompt and its answer together")
     grace: int = flag(30, "seconds in which answers may still end after SIGTERM or Ctrl-C")
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class ServeOptions(AnswerOptions):
             ("port", 0, 65535),
             ("rows", 1, 4096),
             ("queue", 0, 1_000_000),
-            ("max_length", 2, 1_000_000),
+            ("max_seq_len", 2, 1_000_000),
             ("grace", 0, 86_400),
         ):
             if not least <= getattr(self, name) <= most:
@@ -148,11 +148,11 @@ def load_models(path: Path, options: ServeOptions, tokenizer: Tokenizer) -> list
     models = []
     for adapter in (None, *options.adapters):
         model = options.load_model(path, [adapter] if adapter else [], tokenizer)
-        check_positions(model.config, "max_length", options.max_length)
+        check_positions(model.config, "max_seq_len", options.max_seq_len)
         check_memory(model, options)
         name = f"minimind:{adapter}" if adapter else "minimind"
         print(f"{name}: {description(path.name, model)}", flush=True)
-        engine = Engine(InferenceModel(model, options.weights), options.rows, options.max_length)
+        engine = Engine(InferenceModel(model, options.weights), options.rows, options.max_seq_len)
         models.append(Served(name, options.stage, adapter, int(path.stat().st_mtime), engine))
     return models
 
@@ -163,10 +163,10 @@ def check_memory(model: MiniMind, options: ServeOptions) -> None:
 
     config, size = model.config, 2 if model.device.type == "cuda" and options.weights != "fp32" else 4
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    needed = (1 + len(options.adapters)) * options.rows * options.max_length * position
+    needed = (1 + len(options.adapters)) * options.rows * options.max_seq_len * position
     there = total_memory(model.device)
     if needed > 0.8 * there:
         raise UserError(
             f"the answers' keys and values would take {needed / 1e9:.1f} GB, and {model.device} has "
-            f"{there / 1e9:.1f} GB; lower --rows or --max_length"
+            f"{there / 1e9:.1f} GB; lower --rows or --max_seq_len"
         )

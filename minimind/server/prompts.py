@@ -77,7 +77,7 @@ def too_long(tokens: str, param: str, max_length: int) -> ApiError:
     return ApiError(
         400,
         f"the {param} take {tokens} tokens, and with an answer they must fit in {max_length:,}; shorten "
-        "them, or start the server with a larger --max_length",
+        "them, or start the server with a larger --max_seq_len",
         param,
         "context_length_exceeded",
     )

@@ -47,7 +47,7 @@ def app(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("out")
     write_model(folder)
     shape = ["--hidden_size", "64", "--num_hidden_layers", "2", "--lora_name", "lora_medical"]
-    command = [sys.executable, "-m", "minimind", "serve", "--port", "0", "--max_length", "512", *shape]
+    command = [sys.executable, "-m", "minimind", "serve", "--port", "0", "--max_seq_len", "512", *shape]
     with subprocess.Popen([*command, "--out_dir", str(folder)], stdout=subprocess.PIPE, text=True) as server:
         said = iter(server.stdout.readline, "")
         address = next((line for line in said if line.startswith("page: ")), None)

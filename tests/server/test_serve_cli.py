@@ -63,7 +63,7 @@ def serve(out):
     started = []
 
     def start(*flags: str, program: Sequence[str] = SERVE) -> tuple[subprocess.Popen, str]:
-        own = ["--out_dir", str(out), "--port", "0", "--device", "cpu", "--max_length", "8192"]
+        own = ["--out_dir", str(out), "--port", "0", "--device", "cpu", "--max_seq_len", "8192"]
         process = subprocess.Popen(
             [sys.executable, *program, *own, *flags],
             cwd=ROOT,
@@ -86,7 +86,7 @@ def serve(out):
 
 def test_each_adapter_is_added_alone(out):
     options = cli.ServeOptions(
-        out_dir=out, lora_name=("lora_a", "lora_b"), device="cpu", weights="fp32", rows=3, max_length=100
+        out_dir=out, lora_name=("lora_a", "lora_b"), device="cpu", weights="fp32", rows=3, max_seq_len=100
     )
     models = cli.load_models(out / "full_sft_64.pth", options, TOKENIZER)
     assert [(m.name, m.adapter) for m in models] == [
@@ -203,13 +203,13 @@ def test_others_may_ask_only_with_a_key(host, monkeypatch):
         (["--port", "70000"], "--port is 70000"),
         (["--rows", "0"], "--rows is 0; it must be 1 to"),
         (["--queue", "-1"], "--queue is -1"),
-        (["--max_length", "1"], "--max_length is 1"),
+        (["--max_seq_len", "1"], "--max_seq_len is 1"),
         (["--grace", "-1"], "--grace is -1"),
         (["--api_key", "a b"], "visible ASCII"),
         (["--api_key", "钥匙"], "visible ASCII"),
         (["--host", "no.such.host.invalid"], "is no address"),
-        (["--max_length", "100000"], "--max_length 100000 is more than the 32768 positions"),
-        (["--rows", "4096", "--max_length", "32768"], "lower --rows or --max_length"),
+        (["--max_seq_len", "100000"], "--max_seq_len 100000 is more than the 32768 positions"),
+        (["--rows", "4096", "--max_seq_len", "32768"], "lower --rows or --max_seq_len"),
         (["--lora_name", "poems"], "no adapter at"),
         (["--load", "1"], "--load 1 reads a transformers directory; name it with --hf_dir"),
         (["--hf_dir", "/tmp/no such folder"], "is no directory; `minimind export hf FOLDER` writes one"),
@@ -254,7 +254,7 @@ def test_the_key_may_come_from_the_environment(serve, monkeypatch):
 def test_help_does_not_wait_for_torch():
     command = [sys.executable, "-X", "importtime", "-m", "minimind", "serve", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "--max_length" in done.stdout
+    assert "--max_seq_len" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "fastapi", "uvicorn"}
     assert "serve" in COMMANDS
