@@ -1,7 +1,7 @@
 """What a data file consists of: lengths, languages, turns, copies, and the rows that training packs it into.
 
     minimind data stats dataset/sft_mini_512.jsonl               with a picture of the lengths in out/stats/
-    minimind data stats dataset/sft_mini_512.jsonl --json        for a program to read
+    minimind data stats dataset/sft_mini_512.jsonl --json out/stats.json
 
 Tokens come from the cache that training uses. A bad record is left out and counted.
 """
@@ -28,6 +28,7 @@ from minimind.data.segments import make_segments
 from minimind.data.stats_report import draw, show
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
+from minimind.files import write_text
 from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class StatsOptions:
     max_seq_len: tuple[int, ...] = flag((512, 1024), "lengths of a row in tokens, to see what is cut off")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
     picture: Path | None = flag(None, "where the picture goes; without it out/stats/ and the file's name")
-    json: bool = flag(False, "print the figures as JSON")
+    json: Path | None = flag(None, "file to write the figures to, for programs")
 
     def __post_init__(self) -> None:
         for length in self.max_seq_len:
@@ -106,13 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = sys.stderr.isatty()
     store = prepare(options.file, kind, tokenizer, on_bad_record="skip", progress=progress)
     stats = statistics(options.file, store, tokenizer.eos_id, options.max_seq_len)
+    show(stats)
     if options.json:
-        print(json.dumps(asdict(stats), ensure_ascii=False, indent=1))
-    else:
-        show(stats)
+        write_text(options.json, json.dumps(asdict(stats), ensure_ascii=False, indent=1) + "\n")
     picture = options.picture or OUT_DIR / "stats" / f"{options.file.name.partition('.jsonl')[0]}.png"
     draw(picture, np.diff(store.record_offsets), options.max_seq_len)
-    print(f"lengths as a picture: {picture}", file=sys.stderr if options.json else sys.stdout)
+    print(f"lengths as a picture: {picture}")
     return 0
 
 

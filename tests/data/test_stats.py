@@ -48,9 +48,12 @@ def stats(tmp_path, capsys):
 
     def run(path, *flags: str) -> dict:
         picture = tmp_path / "lengths.png"
-        assert main(["data", "stats", str(path), "--json", "--picture", str(picture), *flags]) == 0
+        found = tmp_path / "figures.json"
+        flags = ("--json", str(found), "--picture", str(picture), *flags)
+        assert main(["data", "stats", str(path), *flags]) == 0
         assert picture.read_bytes().startswith(b"\x89PNG")
-        return json.loads(capsys.readouterr().out)
+        assert "lengths as a picture: " in capsys.readouterr().out
+        return json.loads(found.read_text(encoding="utf-8"))
 
     return run
 
