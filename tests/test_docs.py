@@ -283,6 +283,13 @@ def test_every_page_is_in_both_languages():
     assert pages["zh"] == pages["en"]
 
 
+def test_the_pinned_versions_can_be_had_on_any_machine():
+    """A local version (2.13.0+cpu) is on no public index: with it, `make` could install nothing."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert pins
+    assert not [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)]
+
+
 def test_the_pictures_are_those_that_the_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs/draw_model.py"))["pictures"]()
     for name, svg in drawn.items():
