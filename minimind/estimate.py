@@ -135,6 +135,8 @@ def measure(stage: Stage, options: Any) -> int:
     parallel = setup(options.device, options.dtype)
     with memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
+        describe(trainer)
+        trainer.say("measuring a few steps, an evaluation and a save; a slow machine takes some minutes for it")
         rates = measured_rates(trainer)
     device = parallel.device
     training = rates.token * trainer.total_tokens
@@ -147,7 +149,6 @@ def measure(stage: Stage, options: Any) -> int:
         options.price_per_hour,
     )
 
-    describe(trainer)
     precision = str(parallel.dtype).removeprefix("torch.") + (", compiled" if trainer.compiled else "")
     trainer.say(
         f"measured: {1 / rates.token:,.0f} tokens/s in {rates.steps} steps on {cost.device} ({precision})"

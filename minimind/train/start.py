@@ -75,6 +75,7 @@ def initial_model(trainer: Trainer) -> tuple[MiniMind, Path | None]:
 
 def check_compiled(trainer: Trainer) -> None:
     """Go on without the compiler if what it made is wrong here."""
+    trainer.say("compiling for this CPU, which takes longest the first time")
     rows = trainer.shares.rows_at_once
     if not computes_the_same(trainer.model, trainer.data.batch(0, 0, rows, min_rows=rows), trainer.parallel):
         trainer.compiled = False
