@@ -130,7 +130,9 @@ class Process:
         while not condition():
             if not self.running():
                 return condition()
-            assert time.monotonic() < deadline, f"nothing in {seconds:g} s; it said:\n{self.said()[-2000:]}"
+            if time.monotonic() > deadline:
+                self.kill()  # else it runs on beside the next fault
+                raise AssertionError(f"nothing in {seconds:g} s; it said:\n{self.said()[-2000:]}")
             time.sleep(0.002)
         return True
 
