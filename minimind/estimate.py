@@ -136,7 +136,7 @@ def measure(stage: Stage, options: Any) -> int:
     with memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
         describe(trainer)
-        trainer.say("measuring a few steps, an evaluation and a save; a slow machine takes some minutes for it")
+        trainer.say("measuring a few steps, an evaluation and a save: minutes on a slow machine")
         rates = measured_rates(trainer)
     device = parallel.device
     training = rates.token * trainer.total_tokens
