@@ -81,9 +81,10 @@ def introduce(trainer: Trainer) -> None:
         )
     elif report.cut or report.dropped:
         say(
-            f"data: of {report.documents:,} conversations {report.cut:,} are too long for --max_seq_len "
-            f"{trainer.options.max_seq_len} and end after an earlier answer, {report.dropped:,} are left "
-            f"out since no answer fits; {report.lost_target_tokens:,} answer tokens are lost"
+            f"data: {report.cut + report.dropped:,} of {report.documents:,} conversations are longer than "
+            f"--max_seq_len {trainer.options.max_seq_len}: {report.cut:,} end after an earlier answer, "
+            f"{report.dropped:,} are left out since no answer fits; {report.lost_target_tokens:,} answer "
+            "tokens are lost"
         )
     if trainer.held_out is None:
         say("data: no record to hold out that fits, so there is no evaluation; --eval_path names a file")
