@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for all tests of a process: Playwright does not start a second one beside it."""
+    """One for a module: Playwright starts no second beside it, nor does `asyncio.run` work until its end."""
     with chromium() as found:
         yield found
