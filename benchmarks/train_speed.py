@@ -44,14 +44,13 @@ from minimind.config import PRESETS
 from minimind.data.records import Kind
 from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
-from minimind.model import MiniMind
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.stages import pretrain, sft
 from minimind.train.monitor import matmul_rate
 
 DATA: dict[str, Kind] = {"pretrain_hq": "pretrain", "sft_mini_512": "conversation"}
 BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 4)}  # rows in a pass, passes in a step
-PRODUCTS = 20  # tries at the rate of matrix products
+PRODUCTS = 20  # tries at the rate of matrix products after each setting
 AHEAD = 2  # steps whose rows `prefetch` has made before they are asked for
 NO_LITGPT = "not measured: no --litgpt_python"
 
@@ -91,8 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.litgpt_python:
         check_python(options.litgpt_python)
     found = settings(options)
-    results = [measure(setting, options) for setting in found]
-    written: dict[str, Any] = {"settings": results}
+    results, peaks = [], []
+    for setting in found:
+        results.append(measure(setting, options))
+        # The best of many: others on the machine slow products down to a fifth, for seconds or minutes.
+        peaks += [matmul_rate(torch.device("cpu"), torch.bfloat16) for _ in range(PRODUCTS)]
+    for result in results:
+        own = statistics.median(result["tokens_per_s"]["minimind"])
+        result["of_matmul_rate"] = 6 * PRESETS[result["preset"]].num_parameters * own / max(peaks)
+    written: dict[str, Any] = {"matmul_bf16_flops": max(peaks), "settings": results}
     if options.profile:
         written["profile"] = profiled(found)
     report(results, written.get("profile"))
@@ -120,10 +126,6 @@ def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
         folder = Path(name)
         rates = rates_in_turn(rivals(setting, options.litgpt_python, folder), options.rounds)
         (waiting,) = notes(folder / "waiting.jsonl")
-    # The best of many: others on the machine slow single products down to a fifth.
-    peak = max(matmul_rate(torch.device("cpu"), torch.bfloat16) for _ in range(PRODUCTS))
-    with torch.device("meta"):
-        flops_per_token = 6 * MiniMind(PRESETS[setting.preset]).num_parameters
     return {
         "preset": setting.preset,
         "data": setting.data,
@@ -132,8 +134,6 @@ def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
         "passes": setting.passes,
         "tokens_per_s": rates,
         "litgpt": None if setting.kind == "conversation" or options.litgpt_python else NO_LITGPT,
-        "matmul_bf16_flops": peak,
-        "of_matmul_rate": flops_per_token * statistics.median(rates["minimind"]) / peak,
         "waiting_for_data": waiting["share"],
     }
 
