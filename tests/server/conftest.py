@@ -36,7 +36,7 @@ def stub() -> Iterator[Stub]:
 
 
 @pytest.fixture(scope="session")
-def app(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `minimind serve` with a small random model and an adapter."""
     if os.environ.get(REAL):
         yield os.environ[REAL]
