@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.chat import kernels
 from minimind.config import ModelConfig
 from minimind.model import attend
 
-# One layer's attention: queries (M, N, D), keys and values (M, 2K, D) of M new tokens → (M, N, D).
-Attention = Callable[[int, Tensor, Tensor], Tensor]
+# One layer's attention: queries, keys and values of M new tokens, (M, N + 2K, D) → (M, N, D).
+Attention = Callable[[int, Tensor], Tensor]
 
 
 class KVCache:
     """`rows` answers of up to `max_length` positions each. Rows in use come first: row 0, 1, 2, …"""
 
     def __init__(
-        self, config: ModelConfig, rows: int, max_length: int, device: torch.device, dtype: torch.dtype
+        self, config: ModelConfig, rotation: Tensor, rows: int, max_length: int, dtype: torch.dtype
     ) -> None:
+        """`rotation` (positions, D / 2), complex: what turns queries and keys at each position."""
+        self.rotation = rotation
         self.max_length = max_length
         self.groups = config.num_key_value_heads
         shape = (config.num_hidden_layers, rows, 2 * self.groups, max_length, config.head_dim)
-        self.buffer = torch.zeros(shape, device=device, dtype=dtype)  # (L, rows, 2K, S, D)
+        self.buffer = torch.zeros(shape, device=rotation.device, dtype=dtype)  # (L, rows, 2K, S, D)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row over another row."""
@@ -32,6 +37,15 @@ class KVCache:
 
     def one_token_each(self, positions: Sequence[int]) -> Attention:
         """Attention of one new token in each of the first rows, at `positions`, to all before it."""
+        return (self._by_kernel if self.buffer.device.type == "cpu" else self._by_operations)(positions)
+
+    def _by_kernel(self, positions: Sequence[int]) -> Attention:
+        places, buffer = np.array(positions), self.buffer.numpy()
+        return lambda layer, qkv: torch.from_numpy(
+            kernels.attend(qkv.numpy(), self.angles, buffer[layer], places)
+        )
+
+    def _by_operations(self, positions: Sequence[int]) -> Attention:
         rows, end, device = len(positions), max(positions) + 1, self.buffer.device
         places = torch.tensor(positions, device=device)  # (B,)
         mask = None
@@ -39,9 +53,11 @@ class KVCache:
             mask = torch.zeros(rows, 1, 1, end, device=device, dtype=self.buffer.dtype)
             mask.masked_fill_(torch.arange(end, device=device) > places.view(-1, 1, 1, 1), -torch.inf)
         heads = torch.arange(rows * 2 * self.groups, device=device)  # (B · 2K,)
+        rotation = self.rotation[places]  # (B, D / 2)
         places = places.repeat_interleave(2 * self.groups)  # (B · 2K,)
 
-        def attention(layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        def attention(layer: int, qkv: Tensor) -> Tensor:
+            query, key_value = self._rotated(qkv, rotation)
             cache = self.buffer[layer, :rows]  # (B, 2K, S, D)
             cache.flatten(0, 1).index_put_((heads, places), key_value.flatten(0, 1))
             # The N / K heads that share keys stand as so many queries: PyTorch's kernel for one query and
@@ -55,13 +71,15 @@ class KVCache:
     def stretch(self, row: int, start: int, length: int) -> Attention:
         """Causal attention of `length` new tokens of one row, the first of them at position `start`."""
         end = start + length
+        rotation = self.rotation[start:end]  # (T, D / 2)
         mask = None
         if start:
             allowed = torch.ones(length, end, dtype=torch.bool, device=self.buffer.device).tril(start)
             mask = torch.zeros(1, 1, length, end, device=self.buffer.device, dtype=self.buffer.dtype)
             mask.masked_fill_(~allowed, -torch.inf)
 
-        def attention(layer: int, query: Tensor, key_value: Tensor) -> Tensor:
+        def attention(layer: int, qkv: Tensor) -> Tensor:
+            query, key_value = self._rotated(qkv, rotation)
             cache = self.buffer[layer, row, :, :end]  # (2K, S, D)
             cache[:, start:] = key_value.transpose(0, 1)
             key, value = cache[None].chunk(2, dim=1)  # (1, K, S, D)
@@ -69,3 +87,16 @@ class KVCache:
             return out[0].transpose(0, 1)
 
         return attention
+
+    @cached_property
+    def angles(self) -> np.ndarray:
+        """The rotations as the kernels read them, real and imaginary parts in turn: (positions, D)."""
+        return torch.view_as_real(self.rotation).flatten(1).numpy()
+
+    def _rotated(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """qkv (M, N + 2K, D), rotation (M, D / 2) → queries (M, N, D), keys and values (M, 2K, D)."""
+        heads = qkv.float()
+        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # (M, N + 2K, D / 2), the same memory
+        pairs[:, : -self.groups] *= rotation[:, None]
+        query, key_value = heads.to(qkv.dtype).tensor_split((-2 * self.groups,), dim=1)
+        return query, key_value

@@ -3,7 +3,8 @@
 The model in `model.py` is written to be read and trained. Here the same network is arranged for one thing,
 the next token of a few answers at once: q, k and v are one matrix and so are gate and up, adapters are
 merged, rotations are a table, keys and values wait in one block of memory. With one token an operation takes
-1 to 10 µs whatever it computes, so that their number counts: about 25 a layer.
+1 to 10 µs whatever it computes, so that their number counts: eight calls a layer on a CPU, and a single one
+in int8 for an answer alone (`kernels.py`).
 
 Shapes: M tokens of any rows, B rows, H hidden size, N query heads, K key/value heads, D head width, E
 experts, k of them for each token, V vocabulary.
@@ -12,11 +13,15 @@ experts, k of them for each token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.chat import kernels
 from minimind.chat.cache import Attention, KVCache
 from minimind.chat.projections import PACKS, Pack
 from minimind.errors import UserError
@@ -45,39 +50,47 @@ class InferenceModel:
         self.layers = [Layer(layer, self.config.head_dim, pack) for layer in model.model.layers]
         self.norm = Norm(model.model.norm)
         self.head = pack(merged_weight(model.lm_head))
+        self.one_call_a_layer = weights == "int8" and not self.config.num_experts
 
     def cache(self, rows: int, max_length: int) -> KVCache:
-        return KVCache(self.config, rows, max_length, self.device, self.dtype)
+        return KVCache(self.config, self.rotation, rows, max_length, self.dtype)
 
     @torch.inference_mode()
     def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
         """Feed a token to each of the first B rows of the cache: what may follow it, (B, V) in fp32."""
-        hidden = self._hidden(ids, positions, cache.one_token_each(positions))
+        if self.device.type == "cpu":
+            kernels.share_threads()
+        if self.one_call_a_layer and len(ids) == 1:
+            hidden = self._one_row(ids, positions, cache)
+        else:
+            hidden = self._hidden(ids, cache.one_token_each(positions))
         return self.head(self.norm(hidden)).float()
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], start: int, cache: KVCache, row: int) -> None:
         """Take in a stretch of one row's prompt, which begins at position `start`."""
-        positions = range(start, start + len(ids))
-        self._hidden(ids, positions, cache.stretch(row, start, len(ids)))
+        self._hidden(ids, cache.stretch(row, start, len(ids)))
 
-    def _hidden(self, ids: Sequence[int], positions: Sequence[int], attention: Attention) -> Tensor:
-        """M tokens and their positions → (M, H), before the last norm."""
+    def _hidden(self, ids: Sequence[int], attention: Attention) -> Tensor:
+        """M tokens → (M, H), before the last norm."""
         x = self.embedding[torch.tensor(ids, device=self.device)]  # (M, H)
-        rotation = self.rotation[torch.tensor(positions, device=self.device)]  # (M, 1, D / 2)
         for i, layer in enumerate(self.layers):
-            query, key_value = layer.heads(layer.attention_norm(x), rotation)
-            x = x + layer.output(attention(i, query, key_value).flatten(1))
+            qkv = layer.qkv(layer.attention_norm(x)).unflatten(1, (-1, self.config.head_dim))
+            x = x + layer.output(attention(i, qkv).flatten(1))
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
+
+    def _one_row(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+        """The same for one token in int8, with one call for each layer."""
+        x, places = self.embedding[ids].numpy(), np.array(positions)
+        for layer, buffer in zip(self.layers, cache.buffer.numpy(), strict=True):
+            x = kernels.int8_layer(x, *layer.arrays, cache.angles, buffer, places)
+        return torch.from_numpy(x)
 
 
 class Layer:
     def __init__(self, layer: DecoderLayer, head_dim: int, pack: Pack) -> None:
         attention = layer.self_attn
-        self.head_dim = head_dim
-        self.query_heads = attention.q_proj.out_features // head_dim
-        self.key_heads = attention.k_proj.out_features // head_dim
         q, k = (interleave(merged_weight(p), head_dim) for p in (attention.q_proj, attention.k_proj))
         self.qkv = pack(torch.cat((q, k, merged_weight(attention.v_proj))))
         self.output = pack(merged_weight(attention.o_proj))
@@ -85,12 +98,12 @@ class Layer:
         self.mlp_norm = Norm(layer.post_attention_layernorm)
         self.mlp = Mixture(layer.mlp, pack) if isinstance(layer.mlp, MoE) else SwiGLU(layer.mlp, pack)
 
-    def heads(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """x (M, H), rotation (M, 1, D / 2) → queries (M, N, D), and keys and values (M, 2K, D)."""
-        heads = self.qkv(x).float().view(len(x), -1, self.head_dim)  # (M, N + 2K, D)
-        pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)))  # (M, N + 2K, D / 2), the same memory
-        pairs[:, : self.query_heads + self.key_heads] *= rotation
-        return heads.to(x.dtype).split((self.query_heads, 2 * self.key_heads), dim=1)
+    @cached_property
+    def arrays(self) -> tuple[Any, ...]:
+        """What `kernels.int8_layer` takes of a layer without experts."""
+        norms = self.attention_norm.weight.numpy(), self.mlp_norm.weight.numpy(), self.attention_norm.eps
+        matrices = self.qkv, self.output, self.mlp.gate_up, self.mlp.down
+        return *norms, *(matrix.arrays for matrix in matrices)
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
@@ -103,9 +116,9 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def rotation_table(rotary: RotaryEmbedding, positions: int) -> Tensor:
-    """scale · exp(i · angle) of every position, complex (positions, 1, D / 2)."""
+    """scale · exp(i · angle) of every position, complex (positions, D / 2)."""
     places = torch.arange(positions, device=rotary.frequencies.device)
-    angles = places[:, None, None].float() * rotary.frequencies.float()
+    angles = places[:, None].float() * rotary.frequencies.float()
     return torch.polar(torch.full_like(angles, rotary.scale), angles)
 
 
@@ -114,6 +127,8 @@ class Norm:
         self.weight, self.eps = norm.weight.clone(), norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return torch.from_numpy(kernels.rms_norm(x.numpy(), self.weight.numpy(), self.eps))
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
@@ -123,7 +138,10 @@ class SwiGLU:
         self.down = pack(merged_weight(mlp.down_proj))
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if x.device.type == "cpu":
+            return self.down(torch.from_numpy(kernels.swiglu(gate_up.numpy())))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -141,7 +159,8 @@ class Mixture:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (M, H) → (M, H)."""
-        scores, experts = F.linear(x.float(), self.gate).topk(self.top_k, dim=-1)  # (M, k)
+        # No matrix product: how that rounds depends on how many rows there are.
+        scores, experts = (x.float()[:, None] * self.gate).sum(-1).topk(self.top_k, dim=-1)  # (M, k)
         weights = scores.softmax(-1).to(x.dtype).view(-1, 1)  # (M · k, 1); equals the renormalised softmax
         visits = experts.flatten().tolist()  # the expert of each visit
         out = torch.zeros_like(x)

@@ -10,7 +10,7 @@ from test_model import in_transformers
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import WEIGHTS, SamplingOptions
-from minimind.chat.projections import PACKS, half, int8
+from minimind.chat.projections import PACKS, Int8, half
 from minimind.errors import UserError
 from minimind.lora import attach
 from minimind.model import MiniMind
@@ -122,7 +122,7 @@ def test_products_are_near_those_of_fp32(weights):
     assert error <= {"fp32": 1e-6, "half": 4e-3, "int8": 0.02}[weights]
 
 
-@pytest.mark.parametrize("pack", [half, int8])
+@pytest.mark.parametrize("pack", [half, Int8])
 def test_a_row_does_not_depend_on_the_rows_beside_it(pack):
     if pack is half and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("needs FBGEMM")
@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(pack):
 
 
 def test_int8_of_nothing_is_nothing():
-    assert int8(torch.zeros(8, 16))(torch.zeros(2, 16)).equal(torch.zeros(2, 8))
+    assert Int8(torch.zeros(8, 16))(torch.zeros(2, 16)).equal(torch.zeros(2, 8))
 
 
 def test_int8_elsewhere_than_on_a_cpu_is_refused():

@@ -1,0 +1,183 @@
+"""What a CPU computes for the next token of a few answers: loops, which Numba compiles.
+
+A token is so little work that calling PyTorch's operations one by one takes longer than what they do. One
+function here takes the place of ten of them, on arrays that share the memory of the tensors. The first call
+on a machine compiles, for some seconds; the code is kept beside this file or in the user's cache.
+
+Shapes: M rows with one token each, I inputs, O outputs, N query heads, K key/value heads, D head width, S
+positions. All arrays are contiguous; numbers are fp32 where nothing else is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+# Vector instructions need sums in another order. What is infinite or no number stays so.
+REORDERED = {"reassoc", "contract", "nsz"}
+
+
+def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
+    """Compile a function when it is first called, and keep the code for other processes where that can be."""
+
+    def decorate(function: Callable) -> Callable[..., Any]:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # neither this folder nor the user's cache may be written
+            return njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+def share_threads() -> None:
+    """Let the loops that this thread calls use as many threads as PyTorch's operations do."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@compiled(fastmath={"contract"})
+def exp(x):
+    """e to the x of -87 to 87, to 3e-7. A loop of it becomes vector instructions, one of np.exp calls."""
+    power = np.rint(x * np.float32(1.442695041))
+    # ln 2 in two parts, of which the first has few digits, so that its product is exact. |rest| < 0.35
+    rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    series = np.float32(1 / 720) * rest + np.float32(1 / 120)
+    series = (series * rest + np.float32(1 / 24)) * rest + np.float32(1 / 6)
+    series = ((series * rest + np.float32(1 / 2)) * rest + np.float32(1)) * rest + np.float32(1)
+    return series * np.int32((np.int32(power) + 127) << 23).view(np.float32)
+
+
+@compiled(fastmath=REORDERED)
+def rms_norm(x, weight, eps):
+    """x (M, H) / rms(x) · weight (H,)."""
+    out = np.empty_like(x)
+    for row in range(x.shape[0]):
+        squares = np.float32(0)
+        for i in range(x.shape[1]):
+            squares += x[row, i] * x[row, i]
+        factor = np.float32(1 / np.sqrt(squares / np.float32(x.shape[1]) + eps))
+        for i in range(x.shape[1]):
+            out[row, i] = x[row, i] * factor * weight[i]
+    return out
+
+
+@compiled(fastmath=REORDERED)
+def rotate(pairs, rotation, out):
+    """Multiply complex numbers (D,), real and imaginary parts in turn."""
+    for i in range(0, len(pairs), 2):
+        out[i] = pairs[i] * rotation[i] - pairs[i + 1] * rotation[i + 1]
+        out[i + 1] = pairs[i] * rotation[i + 1] + pairs[i + 1] * rotation[i]
+
+
+@compiled(parallel=True, fastmath=REORDERED)
+def attend(qkv, rotation, cache, positions):
+    """Rotate and keep the key of one new token in each row, and let it attend to all up to itself.
+
+    qkv (M, N + 2K, D): queries, keys, values; rotation (positions, D); cache (≥ M, 2K, S, D): keys, then
+    values; positions (M,) → (M, N, D).
+    """
+    rows, groups, width = qkv.shape[0], cache.shape[1] // 2, qkv.shape[2]
+    heads = qkv.shape[1] - 2 * groups
+    for row in range(rows):
+        here = positions[row]
+        for group in range(groups):
+            rotate(qkv[row, heads + group], rotation[here], cache[row, group, here])
+            cache[row, groups + group, here] = qkv[row, heads + groups + group]
+    out = np.zeros((rows, heads, width), np.float32)
+    for place in prange(rows * heads):
+        row, head = place // heads, place % heads
+        group, seen = head // (heads // groups), positions[row] + 1
+        keys, values = cache[row, group], cache[row, groups + group]
+        query, scores, attended = np.empty(width, np.float32), np.empty(seen, np.float32), out[row, head]
+        rotate(qkv[row, head], rotation[positions[row]], query)
+        largest = np.float32(-np.inf)
+        for s in range(seen):
+            product = np.float32(0)
+            for i in range(width):
+                product += query[i] * keys[s, i]
+            scores[s] = product / np.float32(np.sqrt(width))
+            largest = max(largest, scores[s])
+        total = np.float32(0)
+        for s in range(seen):
+            scores[s] = exp(max(scores[s] - largest, np.float32(-87)))
+            total += scores[s]
+        for s in range(seen):
+            for i in range(width):
+                attended[i] += scores[s] * values[s, i]
+        for i in range(width):
+            attended[i] /= total
+    return out
+
+
+@compiled()
+def round_rows(x):
+    """x (M, I) → the nearest multiples, in int8, of a step for each row; and the steps (M,)."""
+    rounded, steps = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+    bits = x.view(np.int32)
+    for row in range(x.shape[0]):
+        largest = np.int32(0)  # bits of positive numbers are ordered as they are, and compared in vectors
+        for i in range(x.shape[1]):
+            largest = max(largest, np.int32(bits[row, i] & 0x7FFFFFFF))
+        step = max(np.int32(largest).view(np.float32), np.float32(1e-12)) / np.float32(127)
+        factor = np.float32(1) / step
+        for i in range(x.shape[1]):
+            rounded[row, i] = np.int32(np.rint(x[row, i] * factor))
+        steps[row] = step
+    return rounded, steps
+
+
+@compiled()
+def rescale(sums, steps, scale):
+    """sums (M, O) of int32, times the step of their row (M,) and the scale of their output (O,)."""
+    out = np.empty(sums.shape, np.float32)
+    for row in range(sums.shape[0]):
+        step = steps[row]
+        for o in range(sums.shape[1]):
+            out[row, o] = np.float32(sums[row, o]) * step * scale[o]
+    return out
+
+
+@compiled(parallel=True)
+def integer_product(x, weight):
+    """x (1, I) and weight (O, I), both int8 → (1, O) in int32."""
+    out = np.empty((1, weight.shape[0]), np.int32)
+    for o in prange(weight.shape[0]):
+        total = np.int32(0)
+        for i in range(weight.shape[1]):
+            total = np.int32(total + np.int32(x[0, i]) * np.int32(weight[o, i]))
+        out[0, o] = total
+    return out
+
+
+@compiled()
+def int8_linear(x, weight, scale):
+    """x (1, I), weight (O, I) in int8, its scale (O,) → (1, O)."""
+    rounded, steps = round_rows(x)
+    return rescale(integer_product(rounded, weight), steps, scale)
+
+
+@compiled(fastmath=REORDERED)
+def swiglu(gate_up):
+    """silu(gate) · up: (M, 2I) → (M, I)."""
+    width = gate_up.shape[1] // 2
+    out = np.empty((gate_up.shape[0], width), np.float32)
+    for row in range(gate_up.shape[0]):
+        for i in range(width):
+            gate = gate_up[row, i]
+            sigmoid = np.float32(1) / (np.float32(1) + exp(min(max(-gate, np.float32(-87)), np.float32(87))))
+            out[row, i] = gate * sigmoid * gate_up[row, width + i]
+    return out
+
+
+@compiled()
+def int8_layer(x, norm, mlp_norm, eps, qkv, output, gate_up, down, rotation, cache, positions):
+    """A decoder layer of one row in int8: x (1, H) → (1, H). Each matrix is (weight, scale)."""
+    heads = int8_linear(rms_norm(x, norm, eps), *qkv).reshape(1, -1, rotation.shape[1])
+    attended = attend(heads, rotation, cache, positions)
+    x = x + int8_linear(attended.reshape(1, -1), *output)
+    gates = int8_linear(rms_norm(x, mlp_norm, eps), *gate_up)
+    return x + int8_linear(swiglu(gates), *down)

@@ -1,0 +1,97 @@
+"""The loops that Numba compiles against NumPy and PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind.chat import kernels
+from minimind.chat.inference import InferenceModel
+from minimind.paths import ROOT
+
+from .models import SHAPES, random_model
+
+
+def test_exp():
+    x = np.linspace(-87, 87, 100_001).astype(np.float32)
+    found = np.array([kernels.exp(number) for number in x])
+    assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 3e-7
+
+
+def test_swiglu():
+    x = torch.tensor([[*torch.linspace(-1000, 1000, 401), *torch.randn(401)]])
+    gate, up = x.chunk(2, dim=1)
+    torch.testing.assert_close(torch.from_numpy(kernels.swiglu(x.numpy())), F.silu(gate) * up)
+
+
+def test_rows_are_rounded_to_the_nearest_step():
+    x = np.array(
+        [[1.0, -2.0, 0.51, 0.49, 127.0], [-0.0, 0.0, 0.0, 0.0, 0.0], [254.0, -254.0, 3.1, 2.9, 1e-9]]
+    )
+    rounded, steps = kernels.round_rows(x.astype(np.float32))
+    assert rounded.tolist() == [[1, -2, 1, 0, 127], [0, 0, 0, 0, 0], [127, -127, 2, 1, 0]]
+    assert steps[[0, 2]].tolist() == [1, 2]
+
+
+def test_integer_sums_are_exact():
+    x = torch.full((1, 1408), 127, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (33, 1408), dtype=torch.int8)
+    weight[0] = 127
+    expected = (weight.long() @ x[0].long())[None]
+    assert torch.from_numpy(kernels.integer_product(x.numpy(), weight.numpy())).equal(expected.int())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weights", ["half", "int8"])
+def test_a_row_is_the_same_alone_and_among_others(shape, weights):
+    """Alone, in int8, a layer is one call; among others it is several, and the product another one."""
+    ready, ids = InferenceModel(random_model(SHAPES[shape]), weights), torch.randint(3, 300, (4, 21)).tolist()
+
+    def logits(rows: list[list[int]]) -> torch.Tensor:
+        cache = ready.cache(len(rows), 21)
+        for row, prompt in enumerate(rows):
+            ready.read(prompt[:15], 0, cache, row)
+        steps = [ready.next_logits([row[i] for row in rows], [i] * len(rows), cache) for i in range(15, 21)]
+        return torch.stack(steps, dim=1)
+
+    together = logits(ids)
+    assert all(logits([row]).equal(together[i : i + 1]) for i, row in enumerate(ids))
+
+
+def test_attention_is_that_of_pytorchs_operations():
+    """Which stand in for the loop on a GPU."""
+    model = InferenceModel(random_model(), "fp32")
+    ways, places = [model.cache(3, 12) for _ in range(2)], [4, 11, 0]
+    ways[0].buffer.normal_()
+    ways[1].buffer.copy_(ways[0].buffer)
+    qkv = torch.randn(3, model.config.num_attention_heads + 2 * model.config.num_key_value_heads, 8)
+    loop = ways[0]._by_kernel(places)(1, qkv.clone())
+    operations = ways[1]._by_operations(places)(1, qkv.clone())
+    torch.testing.assert_close(loop, operations)
+    torch.testing.assert_close(ways[0].buffer, ways[1].buffer)
+
+
+def test_what_is_no_number_stays_visible():
+    model = random_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    ready = InferenceModel(model, "fp32")
+    assert ready.next_logits([5], [0], ready.cache(1, 4)).isnan().all()
+
+
+def test_without_a_place_to_keep_the_code_it_is_compiled_all_the_same():
+    """As in a container whose user owns nothing."""
+    code = (
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from minimind.chat import kernels\n"
+        "import numpy as np\n"
+        "print(kernels.rms_norm(np.ones((1, 2), np.float32), np.ones(2, np.float32), 0.0).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[[1.0, 1.0]]", done.stderr
