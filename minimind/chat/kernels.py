@@ -11,25 +11,33 @@ positions. All arrays are contiguous; numbers are fp32 where nothing else is sai
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from numba import njit, prange
+from numba.core.caching import FunctionCache
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
+
+
+class Cache(FunctionCache):
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again
+            super().save_overload(sig, data)
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
     """Compile a function when it is first called, and keep the code for other processes where that can be."""
 
     def decorate(function: Callable) -> Callable[..., Any]:
-        try:
-            return njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # neither this folder nor the user's cache may be written
-            return njit(nogil=True, **options)(function)
+        dispatcher = njit(nogil=True, **options)(function)
+        with suppress(RuntimeError):  # neither this folder nor the user's cache may be written
+            dispatcher._cache = Cache(function)
+        return dispatcher
 
     return decorate
 

@@ -84,14 +84,29 @@ def test_what_is_no_number_stays_visible():
     assert ready.next_logits([5], [0], ready.cache(1, 4)).isnan().all()
 
 
-def test_without_a_place_to_keep_the_code_it_is_compiled_all_the_same():
-    """As in a container whose user owns nothing."""
-    code = (
-        "from numba.core import caching\n"
-        "caching.CacheImpl._locator_classes = []\n"
-        "from minimind.chat import kernels\n"
-        "import numpy as np\n"
-        "print(kernels.rms_norm(np.ones((1, 2), np.float32), np.ones(2, np.float32), 0.0).tolist())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[[1.0, 1.0]]", done.stderr
+NORM = """
+from minimind.chat import kernels
+import numpy as np
+print(kernels.rms_norm(np.ones((1, 2), np.float32), np.ones(2, np.float32), 0.0).tolist())
+print(sum(kernels.rms_norm.stats.cache_hits.values()))
+"""
+NO_PLACE = (
+    "from numba.core import caching; caching.CacheImpl._locator_classes = []"  # a user who owns nothing
+)
+NO_ROOM = """
+import errno
+from numba.core import caching
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+caching.IndexDataCacheFile._save_data = full
+"""
+
+
+@pytest.mark.parametrize("obstacle", [NO_PLACE, NO_ROOM, ""])
+def test_code_is_kept_where_that_can_be(obstacle, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    for hits in "0", "0" if obstacle else "1":
+        done = subprocess.run(
+            [sys.executable, "-c", obstacle + NORM], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.split("\n")[:2] == ["[[1.0, 1.0]]", hits], done.stderr
