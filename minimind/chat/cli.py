@@ -15,6 +15,7 @@ from minimind.chat.options import SamplingOptions
 from minimind.chat.questions import questions_for
 from minimind.chat.session import ChatSession
 from minimind.chat.talk import Talk
+from minimind.environment import wait_briefly
 from minimind.flags import add_flags, flag, parser_settings, part_of
 
 DESCRIPTION = """Talk to a model that MiniMind trained.
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = argument_parser().parse_args(argv)
     which, how = part_of(arguments, AnswerOptions), part_of(arguments, HowItAnswers)
+    wait_briefly()
     notes = sys.stderr if arguments.prompt else sys.stdout
     path = which.find_weights(notes)
     tokenizer = which.load_tokenizer()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minimind.chat.loading import AnswerOptions, check_positions, description
+from minimind.environment import wait_briefly
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import pip_install
@@ -112,6 +113,7 @@ def bind(host: str, port: int, key: str | None) -> socket.socket:
 
 def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> int:
     """Load the models and answer until a signal comes. Returns the exit code: 1 if an engine broke."""
+    wait_briefly()
     from minimind.server.app import Service, create_app
     from minimind.server.connection import Server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,6 +124,19 @@ def test_prompts_print_the_answers_alone(out, capsys):
     assert capsys.readouterr().out == first.out
     assert cli.main([*arguments[:-2], "--temperature", "0"]) == 0
     assert first.out != capsys.readouterr().out
+
+
+def test_waiting_threads_leave_the_cores_to_others(out, monkeypatch):
+    arguments = ["--out_dir", str(out), *SHORT, "--prompt", "一"]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    cli.main(arguments)
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    cli.main(arguments)
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_weights_choose_how_the_model_is_held(out, monkeypatch, capsys):
