@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # Small models are no faster with more threads, and tests run side by side.
 torch.set_num_threads(1)
+# Nor shall the threads of the processes that tests start hold a core while they wait.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 @pytest.fixture(scope="module")

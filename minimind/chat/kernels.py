@@ -24,7 +24,7 @@ from numba.core.caching import FunctionCache
 REORDERED = {"reassoc", "contract", "nsz"}
 
 
-class Cache(FunctionCache):
+class CodeCache(FunctionCache):
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again
             super().save_overload(sig, data)
@@ -36,7 +36,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
     def decorate(function: Callable) -> Callable[..., Any]:
         dispatcher = njit(nogil=True, **options)(function)
         with suppress(RuntimeError):  # neither this folder nor the user's cache may be written
-            dispatcher._cache = Cache(function)
+            dispatcher._cache = CodeCache(function)
         return dispatcher
 
     return decorate
@@ -49,7 +49,8 @@ def share_threads() -> None:
 
 @compiled(fastmath={"contract"})
 def exp(x):
-    """e to the x of -87 to 87, to 3e-7. A loop of it becomes vector instructions, one of np.exp calls."""
+    """e to the x, which counts as -87 to 87, to 3e-7. Its loops become vector instructions, np.exp's do not."""
+    x = min(max(x, np.float32(-87)), np.float32(87))
     power = np.rint(x * np.float32(1.442695041))
     # ln 2 in two parts, of which the first has few digits, so that its product is exact. |rest| < 0.35
     rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
@@ -111,7 +112,7 @@ def attend(qkv, rotation, cache, positions):
             largest = max(largest, scores[s])
         total = np.float32(0)
         for s in range(seen):
-            scores[s] = exp(max(scores[s] - largest, np.float32(-87)))
+            scores[s] = exp(scores[s] - largest)
             total += scores[s]
         for s in range(seen):
             for i in range(width):
@@ -176,8 +177,7 @@ def swiglu(gate_up):
     for row in range(gate_up.shape[0]):
         for i in range(width):
             gate = gate_up[row, i]
-            sigmoid = np.float32(1) / (np.float32(1) + exp(min(max(-gate, np.float32(-87)), np.float32(87))))
-            out[row, i] = gate * sigmoid * gate_up[row, width + i]
+            out[row, i] = gate / (np.float32(1) + exp(-gate)) * gate_up[row, width + i]
     return out
 
 

@@ -33,10 +33,10 @@ def test_both_learn_for_the_time_they_are_given(tmp_path):
     assert flags.replace("--rows 2 --recipe_rows 2", "--recipe_rows 2 --rows 2") in results["command"]
     recipe, ours = results["curves"]["tiny"].values()
     assert [len(recipe), len(ours)] == [2, 2]
-    assert 0 < recipe[0]["tokens"] < recipe[1]["tokens"]
+    assert 0 <= recipe[0]["tokens"] < recipe[1]["tokens"]
     assert recipe[1]["bits_per_byte"] < recipe[0]["bits_per_byte"]
     assert recipe[1]["seconds"] < 18
-    # Its number of steps is set before; on a busy machine they may all be done, or none, at the first look.
+    # On a busy machine neither may have done a step at the first look. Our number of steps is set before.
     assert 0 <= ours[0]["tokens"] <= ours[1]["tokens"] > 0
     # 0.03 on an idle machine, 1.04 on one that had time for four steps; random weights have 4.7.
     assert ours[1]["bits_per_byte"] < 2.5
