@@ -49,7 +49,7 @@ def share_threads() -> None:
 
 @compiled(fastmath={"contract"})
 def exp(x):
-    """e to the x, which counts as -87 to 87, to 3e-7. Its loops become vector instructions, np.exp's do not."""
+    """e to the x, at most 87 either way, to 3e-7. Its loops become vector instructions, np.exp's not."""
     x = min(max(x, np.float32(-87)), np.float32(87))
     power = np.rint(x * np.float32(1.442695041))
     # ln 2 in two parts, of which the first has few digits, so that its product is exact. |rest| < 0.35
