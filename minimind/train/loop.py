@@ -38,7 +38,7 @@ from minimind.model import MiniMind
 from minimind.runs import RUN, run_folder
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
-from minimind.train.checkpoint import CheckpointWriter, load_state, random_state
+from minimind.train.checkpoint import CheckpointWriter, list_checkpoints, load_state, random_state
 from minimind.train.compiling import compile_decoder
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
@@ -389,10 +389,10 @@ class Trainer:
         if not self.parallel.is_main:
             return
         results = (checkpoints, self.weights_path, self.run_dir / REPORT, self.run_dir / SAMPLES)
-        found = [path for path in results if path.exists()]
-        if found:
+        # A run killed in its first save has nothing whole, and has set aside the one before it.
+        if list_checkpoints(checkpoints) or self.weights_path.exists():
             previous = self.run_dir / "previous"
             shutil.rmtree(previous, ignore_errors=True)
             previous.mkdir()
-            for path in found:
+            for path in filter(Path.exists, results):
                 path.replace(previous / path.name)

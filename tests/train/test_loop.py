@@ -148,6 +148,18 @@ def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monke
     assert (previous / "pretrain_64.pth").is_file()
 
 
+def test_a_run_killed_in_its_first_save_leaves_the_one_it_has_set_aside(options):
+    whole = run(options)
+    kept = whole.weights_path.read_bytes()
+    killed = run(replace(options, max_steps=3)).run_dir
+    unfinished = killed / "checkpoints" / "step_00000003"
+    for path in (unfinished.with_suffix(".sha256"), whole.weights_path, killed / "report.html"):
+        path.unlink()
+    run(replace(options, max_steps=2))
+    assert (killed / "previous" / "pretrain_64.pth").read_bytes() == kept
+    assert not unfinished.exists()
+
+
 def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatch):
     first = run(options)
     kept = first.weights_path.read_bytes()
