@@ -69,6 +69,8 @@ class InferenceModel:
     @torch.inference_mode()
     def read(self, ids: Sequence[int], start: int, cache: KVCache, row: int) -> None:
         """Take in a stretch of one row's prompt, which begins at position `start`."""
+        if self.device.type == "cpu":
+            kernels.share_threads()
         self._hidden(ids, cache.stretch(row, start, len(ids)))
 
     def _hidden(self, ids: Sequence[int], attention: Attention) -> Tensor:

@@ -44,7 +44,11 @@ def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
 
 def share_threads() -> None:
     """Let the loops that this thread calls use as many threads as PyTorch's operations do."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    # The first time starts Numba's, and tells the OpenMP that serves both to use one for each core.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @compiled(fastmath={"contract"})

@@ -111,3 +111,19 @@ def test_code_is_kept_where_that_can_be(obstacle, tmp_path, monkeypatch):
             [sys.executable, "-c", obstacle + NORM], cwd=ROOT, capture_output=True, text=True
         )
         assert done.stdout.split("\n")[:2] == ["[[1.0, 1.0]]", hits], done.stderr
+
+
+THREADS = """
+import torch
+from minimind.chat import kernels
+torch.set_num_threads(1)
+kernels.share_threads()
+print(torch.get_num_threads(), kernels.numba.get_num_threads())
+"""
+
+
+def test_the_loops_leave_pytorch_the_threads_it_has(monkeypatch):
+    """One OpenMP serves both, and training, whose sums depend on them, may go on after an answer."""
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    done = subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1 1\n", done.stderr
