@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from minimind.model import attend
 
 # One layer's attention: queries, keys and values of M new tokens, (M, N + 2K, D) → (M, N, D).
 Attention = Callable[[int, Tensor], Tensor]
+
+
+class Stretch(NamedTuple):
+    """Part of one row's prompt, from position `start` on."""
+
+    row: int
+    start: int
+    ids: Sequence[int]
 
 
 class KVCache:
@@ -68,8 +77,18 @@ class KVCache:
 
         return attention
 
-    def stretch(self, row: int, start: int, length: int) -> Attention:
-        """Causal attention of `length` new tokens of one row, the first of them at position `start`."""
+    def stretches(self, stretches: Sequence[Stretch]) -> Attention:
+        """Causal attention of the new tokens of several rows, one stretch after the other."""
+        each = [self._stretch(stretch) for stretch in stretches]
+        lengths = [len(stretch.ids) for stretch in stretches]
+
+        def attention(layer: int, qkv: Tensor) -> Tensor:
+            return torch.cat([own(layer, part) for own, part in zip(each, qkv.split(lengths), strict=True)])
+
+        return attention
+
+    def _stretch(self, stretch: Stretch) -> Attention:
+        row, start, length = stretch.row, stretch.start, len(stretch.ids)
         end = start + length
         rotation = self.rotation[start:end]  # (T, D / 2)
         mask = None

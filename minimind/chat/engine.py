@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from minimind.chat.cache import Stretch
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import STOP_IDS, Sampler, TokenLogprobs, sample, token_logprobs
@@ -164,20 +165,23 @@ class Engine:
 
         Each prompt is cut at the same places whoever else is there, so that its sums round the same.
         """
+        stretches: list[Stretch] = []
         budget = PREFILL
         while True:
             if not self.running or self.running[-1].ready:
                 if not self.waiting or len(self.running) == self.rows:
-                    return
+                    break
                 self.running.append(self.waiting.popleft())
             request = self.running[-1]
-            stretch = request.prompt[request.read : -1][:PREFILL]
-            if len(stretch) > budget:
-                return
-            if stretch:
-                self.model.read(stretch, request.read, self.cache, len(self.running) - 1)
-            request.read += len(stretch)
-            budget -= len(stretch)
+            ids = request.prompt[request.read : -1][:PREFILL]
+            if len(ids) > budget:
+                break
+            if ids:
+                stretches.append(Stretch(len(self.running) - 1, request.read, ids))
+            request.read += len(ids)
+            budget -= len(ids)
+        if stretches:
+            self.model.read(stretches, self.cache)
 
     def _leave(self, request: Request) -> None:
         """Close the gap that a request leaves, so that the running ones stay the first rows."""

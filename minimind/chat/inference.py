@@ -3,8 +3,8 @@
 The model in `model.py` is written to be read and trained. Here the same network is arranged for one thing,
 the next token of a few answers at once: q, k and v are one matrix and so are gate and up, adapters are
 merged, rotations are a table, keys and values wait in one block of memory. With one token an operation takes
-1 to 10 µs whatever it computes, so that their number counts: eight calls a layer on a CPU, and a single one
-in int8 for an answer alone (`kernels.py`).
+1 to 10 µs whatever it computes, so that their number counts: eight calls a layer on a CPU, six and the four
+products in int8, and there a single one for an answer alone (`kernels.py`).
 
 Shapes: M tokens of any rows, B rows, H hidden size, N query heads, K key/value heads, D head width, E
 experts, k of them for each token, V vocabulary.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.chat import kernels
-from minimind.chat.cache import Attention, KVCache
+from minimind.chat.cache import Attention, KVCache, Stretch
 from minimind.chat.projections import PACKS, Pack
 from minimind.errors import UserError
 from minimind.lora import merged_weight
@@ -50,7 +50,7 @@ class InferenceModel:
         self.layers = [Layer(layer, self.config.head_dim, pack) for layer in model.model.layers]
         self.norm = Norm(model.model.norm)
         self.head = pack(merged_weight(model.lm_head))
-        self.one_call_a_layer = weights == "int8" and not self.config.num_experts
+        self.int8_layers = weights == "int8" and not self.config.num_experts
 
     def cache(self, rows: int, max_length: int) -> KVCache:
         return KVCache(self.config, self.rotation, rows, max_length, self.dtype)
@@ -60,18 +60,18 @@ class InferenceModel:
         """Feed a token to each of the first B rows of the cache: what may follow it, (B, V) in fp32."""
         if self.device.type == "cpu":
             kernels.share_threads()
-        if self.one_call_a_layer and len(ids) == 1:
-            hidden = self._one_row(ids, positions, cache)
+        if self.int8_layers:
+            hidden = self._in_int8(ids, positions, cache)
         else:
             hidden = self._hidden(ids, cache.one_token_each(positions))
         return self.head(self.norm(hidden)).float()
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], start: int, cache: KVCache, row: int) -> None:
-        """Take in a stretch of one row's prompt, which begins at position `start`."""
+    def read(self, stretches: Sequence[Stretch], cache: KVCache) -> None:
+        """Take in stretches of the prompts of different rows."""
         if self.device.type == "cpu":
             kernels.share_threads()
-        self._hidden(ids, cache.stretch(row, start, len(ids)))
+        self._hidden([token for stretch in stretches for token in stretch.ids], cache.stretches(stretches))
 
     def _hidden(self, ids: Sequence[int], attention: Attention) -> Tensor:
         """M tokens → (M, H), before the last norm."""
@@ -82,11 +82,12 @@ class InferenceModel:
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
 
-    def _one_row(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
-        """The same for one token in int8, with one call for each layer."""
+    def _in_int8(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+        """The same for one token in each of the first rows, with fewer calls for each layer."""
         x, places = self.embedding[ids].numpy(), np.array(positions)
+        layer_of = kernels.int8_layer if len(ids) == 1 else kernels.int8_layer.py_func
         for layer, buffer in zip(self.layers, cache.buffer.numpy(), strict=True):
-            x = kernels.int8_layer(x, *layer.arrays, cache.angles, buffer, places)
+            x = layer_of(x, *layer.arrays, cache.angles, buffer, places)
         return torch.from_numpy(x)
 
 

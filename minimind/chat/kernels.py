@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 from numba.core.caching import FunctionCache
+from numba.extending import overload
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -34,7 +35,8 @@ def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
     """Compile a function when it is first called, and keep the code for other processes where that can be."""
 
     def decorate(function: Callable) -> Callable[..., Any]:
-        dispatcher = njit(nogil=True, **options)(function)
+        # Python's error for a division by zero would keep the loop out of vector instructions.
+        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
         with suppress(RuntimeError):  # neither this folder nor the user's cache may be written
             dispatcher._cache = CodeCache(function)
         return dispatcher
@@ -155,22 +157,31 @@ def rescale(sums, steps, scale):
 
 
 @compiled(parallel=True)
-def integer_product(x, weight):
+def integer_product_of_one(x, weight):
     """x (1, I) and weight (O, I), both int8 → (1, O) in int32."""
-    out = np.empty((1, weight.shape[0]), np.int32)
+    out = np.empty((weight.shape[0], 1), np.int32)
     for o in prange(weight.shape[0]):
         total = np.int32(0)
         for i in range(weight.shape[1]):
             total = np.int32(total + np.int32(x[0, i]) * np.int32(weight[o, i]))
-        out[0, o] = total
-    return out
+        out[o, 0] = total
+    return out.T
 
 
-@compiled()
-def int8_linear(x, weight, scale):
-    """x (1, I), weight (O, I) in int8, its scale (O,) → (1, O)."""
-    rounded, steps = round_rows(x)
-    return rescale(integer_product(rounded, weight), steps, scale)
+def integer_product(x, weight):
+    """x (M, I) and weight (O, I), both int8 → (M, O) in int32, an output's sums side by side.
+
+    PyTorch's product of several rows, which alone takes AMX, turns its second factor into an order of its own
+    at each call, so that is not the weight. Sums of integers are exact: it gives what the loop does.
+    """
+    if len(x) == 1:
+        return integer_product_of_one(x, weight)
+    return torch._int_mm(torch.from_numpy(weight), torch.from_numpy(x).t()).t().numpy()
+
+
+@overload(integer_product)
+def _compiled_for_one_row(x, weight):
+    return lambda x, weight: integer_product_of_one(x, weight)
 
 
 @compiled(fastmath=REORDERED)
@@ -185,11 +196,41 @@ def swiglu(gate_up):
     return out
 
 
+# Several of the above in one call, between two products in int8.
+
+
+@compiled()
+def norm_to_int8(x, weight, eps):
+    return round_rows(rms_norm(x, weight, eps))
+
+
+@compiled()
+def attend_in_int8(sums, steps, scale, rotation, cache, positions):
+    rows, width = sums.shape[0], rotation.shape[1]
+    qkv = rescale(sums, steps, scale).reshape(rows, -1, width)
+    return round_rows(attend(qkv, rotation, cache, positions).reshape(rows, -1))
+
+
+@compiled()
+def swiglu_in_int8(sums, steps, scale):
+    return round_rows(swiglu(rescale(sums, steps, scale)))
+
+
+@compiled()
+def add_in_int8(x, sums, steps, scale):
+    return x + rescale(sums, steps, scale)
+
+
 @compiled()
 def int8_layer(x, norm, mlp_norm, eps, qkv, output, gate_up, down, rotation, cache, positions):
-    """A decoder layer of one row in int8: x (1, H) → (1, H). Each matrix is (weight, scale)."""
-    heads = int8_linear(rms_norm(x, norm, eps), *qkv).reshape(1, -1, rotation.shape[1])
-    attended = attend(heads, rotation, cache, positions)
-    x = x + int8_linear(attended.reshape(1, -1), *output)
-    gates = int8_linear(rms_norm(x, mlp_norm, eps), *gate_up)
-    return x + int8_linear(swiglu(gates), *down)
+    """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale).
+
+    Compiled it is for one row; `int8_layer.py_func` is for any number.
+    """
+    rounded, steps = norm_to_int8(x, norm, eps)
+    sums = integer_product(rounded, qkv[0])
+    rounded, steps = attend_in_int8(sums, steps, qkv[1], rotation, cache, positions)
+    x = add_in_int8(x, integer_product(rounded, output[0]), steps, output[1])
+    rounded, steps = norm_to_int8(x, mlp_norm, eps)
+    rounded, steps = swiglu_in_int8(integer_product(rounded, gate_up[0]), steps, gate_up[1])
+    return add_in_int8(x, integer_product(rounded, down[0]), steps, down[1])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_model import in_transformers
 
+from minimind.chat.cache import Stretch
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import WEIGHTS, SamplingOptions
@@ -24,11 +25,11 @@ NEAR = {"fp32": 1e-5, "half": 0.02, "int8": 0.5}  # logits have a standard devia
 def logits_of(model: InferenceModel, rows: torch.Tensor, read: list[int]) -> torch.Tensor:
     """Logits (B, T - sum(read), V): stretches of the lengths `read` first, then one token after another."""
     cache = model.cache(len(rows), rows.shape[1])
-    for row, ids in enumerate(rows.tolist()):
-        start = 0
-        for length in read:
-            model.read(ids[start : start + length], start, cache, row)
-            start += length
+    start = 0
+    for length in read:
+        parts = rows[:, start : start + length].tolist()
+        model.read([Stretch(row, start, ids) for row, ids in enumerate(parts)], cache)
+        start += length
     return torch.stack(
         [
             model.next_logits(rows[:, position].tolist(), [position] * len(rows), cache)
@@ -58,8 +59,7 @@ def test_rows_of_different_lengths_share_a_step():
     ready, ids = InferenceModel(model, "fp32"), torch.randint(3, 300, (3, 30))
     lengths = [4, 29, 11]
     cache = ready.cache(5, 30)
-    for row, length in enumerate(lengths):
-        ready.read(ids[row, :length].tolist(), 0, cache, row)
+    ready.read([Stretch(row, 0, ids[row, :length].tolist()) for row, length in enumerate(lengths)], cache)
     found = ready.next_logits([int(ids[row, n]) for row, n in enumerate(lengths)], lengths, cache)
     with torch.no_grad():
         expected = model(ids).logits

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind.chat import kernels
+from minimind.chat.cache import Stretch
 from minimind.chat.inference import InferenceModel
 from minimind.paths import ROOT
 
@@ -44,7 +45,7 @@ def test_integer_sums_are_exact():
     weight = torch.randint(-127, 128, (33, 1408), dtype=torch.int8)
     weight[0] = 127
     expected = (weight.long() @ x[0].long())[None]
-    assert torch.from_numpy(kernels.integer_product(x.numpy(), weight.numpy())).equal(expected.int())
+    assert torch.from_numpy(kernels.integer_product_of_one(x.numpy(), weight.numpy())).equal(expected.int())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,8 +56,7 @@ def test_a_row_is_the_same_alone_and_among_others(shape, weights):
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
         cache = ready.cache(len(rows), 21)
-        for row, prompt in enumerate(rows):
-            ready.read(prompt[:15], 0, cache, row)
+        ready.read([Stretch(row, 0, prompt[:15]) for row, prompt in enumerate(rows)], cache)
         steps = [ready.next_logits([row[i] for row in rows], [i] * len(rows), cache) for i in range(15, 21)]
         return torch.stack(steps, dim=1)
 
