@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba.core import caching
 
 from minimind.chat import kernels
 from minimind.chat.cache import Stretch
@@ -85,32 +87,30 @@ def test_what_is_no_number_stays_visible():
     assert ready.next_logits([5], [0], ready.cache(1, 4)).isnan().all()
 
 
-NORM = """
-from minimind.chat import kernels
-import numpy as np
-print(kernels.rms_norm(np.ones((1, 2), np.float32), np.ones(2, np.float32), 0.0).tolist())
-print(sum(kernels.rms_norm.stats.cache_hits.values()))
-"""
-NO_PLACE = (
-    "from numba.core import caching; caching.CacheImpl._locator_classes = []"  # a user who owns nothing
-)
-NO_ROOM = """
-import errno
-from numba.core import caching
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-caching.IndexDataCacheFile._save_data = full
-"""
+def twice(x):
+    return 2 * x
 
 
-@pytest.mark.parametrize("obstacle", [NO_PLACE, NO_ROOM, ""])
-def test_code_is_kept_where_that_can_be(obstacle, tmp_path, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    for hits in "0", "0" if obstacle else "1":
-        done = subprocess.run(
-            [sys.executable, "-c", obstacle + NORM], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.stdout.split("\n")[:2] == ["[[1.0, 1.0]]", hits], done.stderr
+def no_place(monkeypatch) -> None:
+    """As for a user who owns nothing."""
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+
+
+def no_room(monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", full)
+
+
+@pytest.mark.parametrize(("obstacle", "kept"), [(no_place, 0), (no_room, 0), (lambda _: None, 1)])
+def test_code_is_kept_where_that_can_be(obstacle, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.numba.config, "CACHE_DIR", str(tmp_path))
+    obstacle(monkeypatch)
+    for hits in 0, kept:  # each a process of its own, as far as Numba is concerned
+        function = kernels.compiled()(twice)
+        assert function(21) == 42
+        assert sum(function.stats.cache_hits.values()) == hits
 
 
 THREADS = """

@@ -137,12 +137,14 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
 
     for name, start, processes, how in (
         ("one to four", options.out_dir, 4, "ddp"),
-        ("two to one", shared, 1, "ddp"),
         ("two to three", shared, 3, "fsdp"),
     ):
         out_dir = stopped_half_way(start, tmp_path / name)
         losses = train(given, out_dir, processes, f"--parallel={how}", "--from_resume=1")
         assert_same(alone, losses, out_dir)
+
+    out_dir = stopped_half_way(shared, tmp_path / "two to one")
+    assert_same(alone, metrics(run(replace(alone.options, out_dir=out_dir, from_resume=True))), out_dir)
 
 
 def test_passes_in_bf16_do_not_share_what_comes_and_goes_with_sharded_weights(options, tmp_path):
