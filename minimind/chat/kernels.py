@@ -5,13 +5,14 @@ function here takes the place of ten of them, on arrays that share the memory of
 on a machine compiles, for some seconds; the code is kept beside this file or in the user's cache.
 
 Shapes: M rows with one token each, I inputs, O outputs, N query heads, K key/value heads, D head width, S
-positions. All arrays are contiguous; numbers are fp32 where nothing else is said.
+positions. Arrays are contiguous, and numbers fp32, where nothing else is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numba
@@ -157,31 +158,38 @@ def rescale(sums, steps, scale):
 
 
 @compiled(parallel=True)
-def integer_product_of_one(x, weight):
-    """x (1, I) and weight (O, I), both int8 → (1, O) in int32."""
-    out = np.empty((weight.shape[0], 1), np.int32)
+def integer_loop(x, weight):
+    """x (M, I) and weight (O, I), both int8 → (M, O) in int32, an output's sums side by side."""
+    out = np.empty((weight.shape[0], x.shape[0]), np.int32)
     for o in prange(weight.shape[0]):
-        total = np.int32(0)
-        for i in range(weight.shape[1]):
-            total = np.int32(total + np.int32(x[0, i]) * np.int32(weight[o, i]))
-        out[o, 0] = total
+        for row in range(x.shape[0]):
+            total = np.int32(0)
+            for i in range(weight.shape[1]):
+                total = np.int32(total + np.int32(x[row, i]) * np.int32(weight[o, i]))
+            out[o, row] = total
     return out.T
 
 
 def integer_product(x, weight):
-    """x (M, I) and weight (O, I), both int8 → (M, O) in int32, an output's sums side by side.
+    """The same; of several rows by PyTorch where that is exact, since it takes AMX.
 
-    PyTorch's product of several rows, which alone takes AMX, turns its second factor into an order of its own
-    at each call, so that is not the weight. Sums of integers are exact: it gives what the loop does.
+    Its second factor is turned into an order of its own at each call, so that is not the weight.
     """
-    if len(x) == 1:
-        return integer_product_of_one(x, weight)
+    if len(x) == 1 or not pytorch_is_exact():
+        return integer_loop(x, weight)
     return torch._int_mm(torch.from_numpy(weight), torch.from_numpy(x).t()).t().numpy()
+
+
+@cache
+def pytorch_is_exact() -> bool:
+    """Whether its products of int8 are. Without VNNI they clip sums of two to 16 bits."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
 
 
 @overload(integer_product)
 def _compiled_for_one_row(x, weight):
-    return lambda x, weight: integer_product_of_one(x, weight)
+    return lambda x, weight: integer_loop(x, weight)
 
 
 @compiled(fastmath=REORDERED)
@@ -225,7 +233,7 @@ def add_in_int8(x, sums, steps, scale):
 def int8_layer(x, norm, mlp_norm, eps, qkv, output, gate_up, down, rotation, cache, positions):
     """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale).
 
-    Compiled it is for one row; `int8_layer.py_func` is for any number.
+    Compiled it calls no PyTorch, which is for one row; `int8_layer.py_func` is for several.
     """
     rounded, steps = norm_to_int8(x, norm, eps)
     sums = integer_product(rounded, qkv[0])

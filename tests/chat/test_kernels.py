@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import subprocess
 import sys
 
@@ -42,12 +43,32 @@ def test_rows_are_rounded_to_the_nearest_step():
     assert steps[[0, 2]].tolist() == [1, 2]
 
 
-def test_integer_sums_are_exact():
-    x = torch.full((1, 1408), 127, dtype=torch.int8)
+@pytest.mark.parametrize("rows", [1, 2, 16, 33])
+@pytest.mark.parametrize("exact", [True, False])
+def test_integer_sums_are_exact(rows, exact, monkeypatch):
+    if not exact:
+        monkeypatch.setattr(kernels, "pytorch_is_exact", lambda: False)
+    x = torch.randint(-127, 128, (rows, 1408), dtype=torch.int8)
     weight = torch.randint(-127, 128, (33, 1408), dtype=torch.int8)
-    weight[0] = 127
-    expected = (weight.long() @ x[0].long())[None]
-    assert torch.from_numpy(kernels.integer_product_of_one(x.numpy(), weight.numpy())).equal(expected.int())
+    x[0] = weight[0] = 127
+    expected = x.long() @ weight.long().t()
+    assert torch.from_numpy(kernels.integer_product(x.numpy(), weight.numpy())).equal(expected.int())
+
+
+EXACT = """
+import numpy as np
+from minimind.chat import kernels
+largest = np.full((2, 64), 127, np.int8)
+print(kernels.pytorch_is_exact(), kernels.integer_product(largest, largest).tolist())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN has this way on x86 alone")
+def test_on_a_processor_without_vnni_sums_are_exact_too(monkeypatch):
+    """Zen 3, Core of the ninth generation and older."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    done = subprocess.run([sys.executable, "-c", EXACT], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"False {[[64 * 127 * 127] * 2] * 2}\n", done.stderr
 
 
 @pytest.mark.parametrize("shape", SHAPES)
