@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +99,15 @@ def test_each_adapter_is_added_alone(out):
     sampling = SamplingOptions(temperature=0, max_new_tokens=20)
     answers = [tuple(generate(m.engine.model, chat_ids(ASK), sampling)) for m in models]
     assert len(set(answers)) == 3
+
+
+def test_threads_that_wait_leave_the_cores_to_others(tmp_path, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what is set here ends with the test
+        monkeypatch.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(UserError, match="has no full_sft weights"):
+        cli.serve(cli.ServeOptions(out_dir=tmp_path, device="cpu"), listener, None)
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
 
 
 def test_a_transformers_directory_is_served(out, serve, tmp_path):
