@@ -105,7 +105,10 @@ def test_threads_that_wait_leave_the_cores_to_others(tmp_path, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that what is set here ends with the test
         monkeypatch.delenv(name)
-    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(UserError, match="has no full_sft weights"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(UserError, match="has no full_sft weights"),
+    ):
         cli.serve(cli.ServeOptions(out_dir=tmp_path, device="cpu"), listener, None)
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
 

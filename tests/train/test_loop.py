@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,23 +373,6 @@ def command(options, *more: str) -> list[str]:
         for name in ("data_path", "out_dir", "batch_size", "dtype", "compile", "learning_rate", *SIZE)
     ]
     return [sys.executable, str(ROOT / "trainer" / "train_pretrain.py"), *flags, *more]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_stop_the_command(options, tmp_path, number):
-    endless = command(options, "--epochs=100000", "--accumulation_steps=1")
-    process = subprocess.Popen(endless, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    metrics_file = options.out_dir / "runs" / "pretrain_64" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics_file.is_file() and metrics_file.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline, "no step in a minute"
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
-    assert "--from_resume 1 goes on from here" in out
-    assert list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
-    assert (options.out_dir / "pretrain_64.pth").is_file()
 
 
 def test_two_processes_train_like_one(options, tmp_path):
