@@ -3,8 +3,8 @@
 The model in `model.py` is written to be read and trained. Here the same network is arranged for one thing,
 the next token of a few answers at once: q, k and v are one matrix and so are gate and up, adapters are
 merged, rotations are a table, keys and values wait in one block of memory. With one token an operation takes
-1 to 10 µs whatever it computes, so that their number counts: eight calls a layer on a CPU, six and the four
-products in int8, and there a single one for an answer alone (`kernels.py`).
+1 to 10 µs whatever it computes, so that their number counts: eight calls a layer on a CPU, ten in int8
+(`kernels.py`).
 
 Shapes: M tokens of any rows, B rows, H hidden size, N query heads, K key/value heads, D head width, E
 experts, k of them for each token, V vocabulary.
@@ -85,9 +85,8 @@ class InferenceModel:
     def _in_int8(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
         """The same for one token in each of the first rows, with fewer calls for each layer."""
         x, places = self.embedding[ids].numpy(), np.array(positions)
-        layer_of = kernels.int8_layer if len(ids) == 1 else kernels.int8_layer.py_func
         for layer, buffer in zip(self.layers, cache.buffer.numpy(), strict=True):
-            x = layer_of(x, *layer.arrays, cache.angles, buffer, places)
+            x = kernels.int8_layer(x, *layer.arrays, cache.angles, buffer, places)
         return torch.from_numpy(x)
 
 

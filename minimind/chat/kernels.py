@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numba import njit, prange
 from numba.core.caching import FunctionCache
-from numba.extending import overload
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -187,11 +186,6 @@ def pytorch_is_exact() -> bool:
     return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
 
 
-@overload(integer_product)
-def _compiled_for_one_row(x, weight):
-    return lambda x, weight: integer_loop(x, weight)
-
-
 @compiled(fastmath=REORDERED)
 def swiglu(gate_up):
     """silu(gate) · up: (M, 2I) → (M, I)."""
@@ -229,12 +223,8 @@ def add_in_int8(x, sums, steps, scale):
     return x + rescale(sums, steps, scale)
 
 
-@compiled()
 def int8_layer(x, norm, mlp_norm, eps, qkv, output, gate_up, down, rotation, cache, positions):
-    """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale).
-
-    Compiled it calls no PyTorch, which is for one row; `int8_layer.py_func` is for several.
-    """
+    """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale)."""
     rounded, steps = norm_to_int8(x, norm, eps)
     sums = integer_product(rounded, qkv[0])
     rounded, steps = attend_in_int8(sums, steps, qkv[1], rotation, cache, positions)

@@ -74,7 +74,7 @@ def test_on_a_processor_without_vnni_sums_are_exact_too(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", ["half", "int8"])
 def test_a_row_is_the_same_alone_and_among_others(shape, weights):
-    """Alone, in int8, a layer is one call; among others it is several, and the product another one."""
+    """Alone, in int8, products are a loop; among others they are PyTorch's."""
     ready, ids = InferenceModel(random_model(SHAPES[shape]), weights), torch.randint(3, 300, (4, 21)).tolist()
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
