@@ -86,7 +86,7 @@ class InferenceModel:
         """The same for one token in each of the first rows, with fewer calls for each layer."""
         x, places = self.embedding[ids].numpy(), np.array(positions)
         for layer, buffer in zip(self.layers, cache.buffer.numpy(), strict=True):
-            x = kernels.int8_layer(x, *layer.arrays, cache.angles, buffer, places)
+            x = kernels.int8_layer(x, cache.angles, buffer, places, *layer.arrays)
         return torch.from_numpy(x)
 
 

@@ -223,7 +223,7 @@ def add_in_int8(x, sums, steps, scale):
     return x + rescale(sums, steps, scale)
 
 
-def int8_layer(x, norm, mlp_norm, eps, qkv, output, gate_up, down, rotation, cache, positions):
+def int8_layer(x, rotation, cache, positions, norm, mlp_norm, eps, qkv, output, gate_up, down):
     """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale)."""
     rounded, steps = norm_to_int8(x, norm, eps)
     sums = integer_product(rounded, qkv[0])
