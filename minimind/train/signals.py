@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
+from contextlib import suppress
 from types import FrameType
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -25,7 +27,6 @@ class StopSignals:
         if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # as it is under `nohup`
             numbers.append(HANGUP)
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
-        self.terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -35,9 +36,19 @@ class StopSignals:
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == HANGUP:  # writing to a terminal that is gone is an error, and would end the saving
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in self.terminals:
-                os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+        if number == HANGUP:
+            stop_speaking()
         self.received = number
+
+
+def stop_speaking() -> None:
+    """Let what is said go nowhere, unless it goes to a file.
+
+    To write to a terminal that is gone, or to the `tee` that went with it, is an error before the saving.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # there may be none
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
 import subprocess
+import termios
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,11 +20,12 @@ from minimind.train.checkpoint import list_checkpoints
 from .test_loop import command
 
 
-def wait_for_steps(out_dir: Path) -> None:
+def wait_for_steps(out_dir: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
     metrics_file = out_dir / "runs" / "pretrain_64" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics_file.is_file() and metrics_file.read_text().count("\n") > 3):
         assert time.monotonic() < deadline, "no step in a minute"
+        meanwhile()
         time.sleep(0.1)
 
 
@@ -37,13 +42,31 @@ def test_signals_save_and_stop_the_command(options, tmp_path, number):
     assert (options.out_dir / "pretrain_64.pth").is_file()
 
 
-def test_a_terminal_that_is_closed_costs_nothing(options):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        endless = command(options, "--epochs=100000", "--accumulation_steps=1")
-        os.execv(endless[0], endless)
-    wait_for_steps(options.out_dir)
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_terminal_that_is_closed_costs_nothing(options, piped):
+    """Nor does a `tee` that ends with it."""
+    endless = command(options, "--epochs=100000", "--accumulation_steps=1", "--log_interval=1")
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        endless,
+        stdin=inside,
+        stdout=subprocess.PIPE if piped else inside,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # to be told of its end
+    )
+    os.close(inside)
+    os.set_blocking(terminal, False)
+
+    def read() -> None:
+        """Or the progress bar fills it, and the training waits."""
+        with suppress(BlockingIOError):
+            os.read(terminal, 65536)
+
+    wait_for_steps(options.out_dir, read)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    if process.stdout:
+        process.stdout.close()
+    assert process.wait(timeout=30) == 128 + signal.SIGHUP
     assert list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
     assert (options.out_dir / "pretrain_64.pth").is_file()
