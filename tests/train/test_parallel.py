@@ -125,7 +125,7 @@ def assert_same(alone: Trainer, losses: list[float], out_dir: Path) -> None:
 def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_other_number(
     options, alone, tmp_path
 ):
-    """One process → 3 with copies; 2 that share the model → 1, and → 3 that share it."""
+    """One process → 4 with copies; 2 that share the model → 1, and → 3 that share it."""
     given = replace(options, max_steps=STEPS, save_interval=10, optimizer="adamw")
     shared = tmp_path / "shared"
     assert_same(alone, train(given, shared, 2, "--parallel=fsdp"), shared)
@@ -136,7 +136,7 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
     assert all(line["answer"] for line in said)
 
     for name, start, processes, how in (
-        ("one to three", options.out_dir, 3, "ddp"),
+        ("one to four", options.out_dir, 4, "ddp"),
         ("two to three", shared, 3, "fsdp"),
     ):
         out_dir = stopped_half_way(start, tmp_path / name)
