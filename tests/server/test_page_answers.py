@@ -5,7 +5,7 @@ from __future__ import annotations
 from threading import Event
 
 from minimind.chat.options import SamplingOptions
-from server.steps import ask, button, ended, texts, titles, type_and_send
+from server.steps import ask, at_second, button, ended, texts, titles, type_and_send
 from server.stub import Answer
 
 PHONE = {"width": 360, "height": 640}
@@ -26,21 +26,28 @@ def test_an_answer_is_shown_while_it_comes(stub, visit):
 
 
 def test_figures_are_those_of_the_server(stub, visit):
-    stub.answers = [Answer(["字"] * 41, pause=0.01)]
+    hold = Event()
+    stub.answers = [Answer(["字"] * 41, hold=hold)]
     page = visit(stub.url)
-    figures = ask(page, "说").locator(".figures").inner_text()
-    assert "41 token" in figures
-    assert "上下文 65 / 2,048" in figures
-    speed = float(figures.split(" · ")[1].removesuffix(" token/s"))
-    assert 0 < speed <= 101  # 40 tokens of at least 10 ms after the first
+    at_second(page, 10)
+    type_and_send(page, "说")
+    page.get_by_text("字" * 40).wait_for()
+    at_second(page, 12)
+    hold.set()
+    ended(page.locator(".answer"))
+    figures = page.locator(".figures").inner_text().split(" · ")
+    # 40 tokens in the 2 seconds after the first
+    assert figures == ["41 token", "20 token/s", "上下文 65 / 2,048"]
 
 
 def test_thinking_is_folded_away_and_unfolds(stub, visit):
     hold = Event()
-    stub.answers = [Answer(["答案是 3。"], ["先算", "速度", "之和"], pause=0.5, hold=hold)]
+    stub.answers = [Answer(["答案是 3。"], ["先算", "速度", "之和"], hold=hold)]
     page = visit(stub.url)
+    at_second(page, 10)
     type_and_send(page, "几小时？")
     page.get_by_text("思考中… 0 秒").wait_for()
+    at_second(page, 11.5)
     page.get_by_text("思考中… 1 秒").wait_for()
     assert page.get_by_text("先算速度").is_hidden()
     page.locator("summary").click()

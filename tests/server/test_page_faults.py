@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from server.steps import ask, button, ended, texts, titles, type_and_send
+from server.steps import ask, at_second, button, ended, texts, titles, type_and_send
 from server.stub import Answer, Stub, delta, model
 
 HARM = """<script>window.broken = 1</script> <img src=x onerror="window.broken = 2">
@@ -105,10 +105,14 @@ def test_every_way_to_write_server_sent_events(stub, visit):
 def test_a_busy_server_is_waited_for(stub, visit):
     stub.answers = [Answer(status=429, error="queue full", headers={"Retry-After": "2"}), Answer(["到你了"])]
     page = visit(stub.url)
+    at_second(page, 10)
     answer = ask(page, "你好")
     assert "服务器正忙" in answer.locator(".problem").inner_text()
     assert answer.locator(".problem button").is_disabled()
     page.get_by_text("2 秒后可重试").wait_for()
+    at_second(page, 11.5)
+    page.get_by_text("1 秒后可重试").wait_for()
+    at_second(page, 12)
     button(answer, "重试").click()  # waits until it can be pressed
     page.locator(".answer", has_text="到你了").wait_for()
 
