@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests run at once: some wait, for a browser, a time limit or processes that start."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One for a module: Playwright starts no second beside it, nor does `asyncio.run` work until its end."""
