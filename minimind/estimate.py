@@ -14,8 +14,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import make_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from minimind.flags import add_flags, flag, parser_settings
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage, Trainer
+    from minimind.train.parallel import Parallel
 
 STAGES = {
     "pretrain": "PretrainOptions",
@@ -76,10 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = vars(parser.parse_args(argv))
     name = flags.pop("stage")
     options = classes[name](**flags)
-    with tempfile.TemporaryDirectory(prefix="minimind_estimate_") as folder:
-        options = for_trial(options, Path(folder))
-        stage = import_module(f"minimind.stages.{name}").stage(options)
-        return (compute if options.gpu else measure)(stage, options)
+    return (compute if options.gpu else measure)(name, options)
 
 
 def options_class(stage: str) -> type[Any]:
@@ -89,17 +87,26 @@ def options_class(stage: str) -> type[Any]:
     return make_dataclass("EstimateOptions", [gpu], bases=(options,), frozen=True)
 
 
-def for_trial(options: Any, folder: Path) -> Any:
-    """`options` that write to `folder` and need no weights of other stages."""
-    changes = {"out_dir": folder, "from_weight": "none", "from_resume": False}
-    if hasattr(options, "teacher"):
-        changes["teacher_path"] = options.teacher
-        if not options.teacher_path and not options.teacher.is_file():
-            changes["teacher_path"] = write_teacher(options, folder)
-    return replace(options, **changes)
+@contextmanager
+def trial(name: str, options: Any, parallel: Parallel) -> Iterator[tuple[Stage, Any]]:
+    """The stage, and `options` that need no weights of others and write to a folder which is then removed."""
+    prefix = "minimind_estimate_"
+    with tempfile.TemporaryDirectory(prefix=prefix) if parallel.is_main else nullcontext("") as own:
+        folder = Path(parallel.from_main(own))
+        changes = {"out_dir": folder, "from_weight": "none", "from_resume": False}
+        if hasattr(options, "teacher"):
+            changes["teacher_path"] = options.teacher
+            if not options.teacher_path and not options.teacher.is_file():
+                changes["teacher_path"] = folder / "teacher.pth"
+                if parallel.is_main:
+                    write_teacher(options, folder / "teacher.pth")
+                parallel.barrier()
+        options = replace(options, **changes)
+        yield import_module(f"minimind.stages.{name}").stage(options), options
+        parallel.barrier()
 
 
-def write_teacher(options: Any, folder: Path) -> Path:
+def write_teacher(options: Any, path: Path) -> None:
     """A teacher of the right size for those who have none yet."""
     from minimind.config import model_config
     from minimind.model import MiniMind
@@ -107,9 +114,7 @@ def write_teacher(options: Any, folder: Path) -> Path:
     from minimind.weights import save_weights
 
     vocab_size = Tokenizer.load(options.tokenizer_path).vocab_size
-    path = folder / "teacher.pth"
     save_weights(MiniMind(model_config(options.teacher_preset, vocab_size=vocab_size)), path)
-    return path
 
 
 # ---- Measured on this machine ----
@@ -125,15 +130,22 @@ class Rates(NamedTuple):
     steps: int  # that were measured
 
 
-def measure(stage: Stage, options: Any) -> int:
+def measure(name: str, options: Any) -> int:
     from minimind.train.cost import Cost, device_name, peak_memory, total_memory
     from minimind.train.loop import Trainer
     from minimind.train.memory import memory_errors_explained
     from minimind.train.monitor import duration
     from minimind.train.parallel import setup
+    from minimind.train.zero_settings import zero_stage
 
-    parallel = setup(options.device, options.dtype)
-    with memory_errors_explained(parallel):
+    parallel = setup(
+        options.device, options.dtype, options.parallel, options.hang_timeout, zero_stage(options)
+    )
+    with (
+        parallel.errors_once(),
+        memory_errors_explained(parallel),
+        trial(name, options, parallel) as (stage, options),
+    ):
         trainer = Trainer(stage, options, parallel)
         describe(trainer)
         trainer.say("measuring a few steps, an evaluation and a save: minutes on a slow machine")
@@ -204,10 +216,9 @@ def measured_rates(trainer: Trainer) -> Rates:
 
 def clock(trainer: Trainer) -> float:
     """The time when all work so far is done, a GPU's too."""
-    if trainer.parallel.device.type == "cuda":
-        import torch
+    from minimind.train.monitor import finish_work
 
-        torch.cuda.synchronize(trainer.parallel.device)
+    finish_work(trainer.parallel.device)
     return time.perf_counter()
 
 
@@ -246,7 +257,7 @@ def saves(trainer: Trainer) -> int:
 # ---- Computed for a GPU ----
 
 
-def compute(stage: Stage, options: Any) -> int:
+def compute(name: str, options: Any) -> int:
     import torch
 
     from minimind.train.cost import Cost
@@ -258,9 +269,16 @@ def compute(stage: Stage, options: Any) -> int:
         raise UserError(f"--gpu {options.gpu} is computed for bf16 products; leave out --dtype float32")
     gpu = GPUS[options.gpu]
     options = replace(
-        options, compile="0", price_per_hour=options.price_per_hour or gpu.price_per_hour, dtype="float32"
+        options,
+        compile="0",
+        price_per_hour=options.price_per_hour or gpu.price_per_hour,
+        dtype="float32",
+        batch_size=1,  # at once, which changes nothing here; auto would measure
+        global_batch_size=options.rows_per_step,
     )
-    trainer = Trainer(stage, options, Parallel(torch.device("cpu"), torch.float32))
+    cpu = Parallel(torch.device("cpu"), torch.float32)
+    with trial(name, options, cpu) as (stage, options):
+        trainer = Trainer(stage, options, cpu)
     flops = trainer.flops_per_token * trainer.total_tokens
     if trainer.objective.scores_first:  # forward only, which is a third of a step
         flops += trainer.flops_per_token * trainer.data.num_tokens / 3
@@ -285,8 +303,14 @@ def compute(stage: Stage, options: Any) -> int:
 
 def state_bytes(trainer: Trainer) -> int:
     """Bytes of fp32 weights, and where they are trained, of gradients and what the optimizer keeps."""
-    numbers = 16 if trainer.options.optimizer == "adamw" else 12  # Muon keeps one more for each, AdamW two
-    return sum(p.numel() * (numbers if p.requires_grad else 4) for p in trainer.model.parameters())
+    import torch
+
+    kept = {torch.optim.Muon: 1, torch.optim.AdamW: 2}  # numbers for each weight
+    numbers = sum(p.numel() for p in trainer.model.parameters())
+    for optimizer in trainer.engine.optimizers:
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        numbers += trained * (1 + next(n for kind, n in kept.items() if isinstance(optimizer, kind)))
+    return 4 * numbers
 
 
 # ---- Said of both ----

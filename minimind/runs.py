@@ -1,12 +1,20 @@
-"""Where a training run keeps what it says of itself: `runs/{name}/run.json` beside its weights."""
+"""Where a training run keeps what it says of itself: `runs/{name}/` beside its weights.
+
+A new run takes the place of the one that made the weights, but not before it has saved something itself.
+Until then that one's `run.json` and `metrics.jsonl` are kept in `last_saved/`; then all of it is in
+`previous/`.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RUN = "run.json"
+RUN, LOG = "run.json", "metrics.jsonl"
+LAST_SAVED, PREVIOUS = "last_saved", "previous"
 
 
 def run_folder(weights: Path) -> Path:
@@ -15,9 +23,50 @@ def run_folder(weights: Path) -> Path:
 
 
 def read_run(weights: Path) -> dict[str, Any]:
-    """Its settings and results; empty for weights that came without, or where the file is damaged."""
+    """Settings and results of the run that made `weights`; see `read_settings`."""
+    folder = run_folder(weights)
+    last_saved = folder / LAST_SAVED
+    return read_settings(last_saved if last_saved.is_dir() else folder)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Those of a run that was begun there; empty where it left none, or where the file is damaged."""
     try:
-        run = json.loads((run_folder(weights) / RUN).read_bytes())
+        run = json.loads((folder / RUN).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return run if isinstance(run, dict) else {}
+
+
+def keep_last_saved(folder: Path) -> None:
+    """Before a new run writes its own: keep what the run with the weights has said."""
+    kept = folder / LAST_SAVED
+    if kept.exists():  # the run in between has not saved anything
+        return
+    unfinished = folder / f".{LAST_SAVED}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for path in filter(Path.is_file, (folder / RUN, folder / LOG)):
+        shutil.copy(path, unfinished)
+    unfinished.replace(kept)
+
+
+def bring_back_last_saved(folder: Path) -> None:
+    """A new run has ended before it saved anything, and the one before it is to go on."""
+    move((folder / LAST_SAVED).glob("*"), folder)
+    shutil.rmtree(folder / LAST_SAVED, ignore_errors=True)
+
+
+def set_aside(folder: Path, results: Iterable[Path]) -> None:
+    """Now that a new run saves: the `results` of the one before it, and what it has said, to `previous/`."""
+    previous = folder / PREVIOUS
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    move(results, previous)
+    move((folder / LAST_SAVED).glob("*"), previous)
+    shutil.rmtree(folder / LAST_SAVED, ignore_errors=True)
+
+
+def move(paths: Iterable[Path], folder: Path) -> None:
+    for path in list(filter(Path.exists, paths)):
+        path.replace(folder / path.name)

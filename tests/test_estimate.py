@@ -113,7 +113,10 @@ def test_a_gpu_is_computed_as_by_hand(minimind, monkeypatch):
     assert "71 TFLOP/s (bf16, dense)" in said
     assert "assumed that training reaches 35%" in said
     assert f"¥{1.3 * by_hand / 3600:.2f} at ¥1.3 an hour" in said
-    assert "memory: 0.31 GB of 24 GB" in said  # Muon: weight, gradient and momentum in fp32
+    # Muon: weight, gradient and momentum in fp32; AdamW, for 6,400 embeddings of 512 numbers, two averages
+    assert f"memory: {(12 * 25_829_888 + 4 * 6400 * 512) / 1e9:.2f} GB of 24 GB" in said
+    automatic = minimind("estimate pretrain", "texts", *flags, "--batch_size", "auto", "--dtype", "auto")
+    assert "--batch_size auto:" not in automatic  # nothing is tried out for a card that is not here
 
 
 def test_preference_pays_for_the_scores_beforehand(minimind):

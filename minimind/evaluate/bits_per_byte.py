@@ -37,12 +37,12 @@ def bits_per_byte(
     told after every batch how many rows it was.
     """
     bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)  # nats, tokens, bytes
+    sums, tokens = parallel.zeros(2), 0  # nats and bytes
     for batch, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
-        nll = targets.nll
-        sums += torch.stack(
-            [nll.sum().double(), torch.tensor(len(nll)).to(sums), bytes_of[targets.labels].sum().to(sums)]
-        )
+        values = targets.nll.sum(), bytes_of[targets.labels].sum().float()
+        sums += torch.stack(values).to(sums.device).double()
+        tokens += len(targets.nll)
         progress(len(batch.input_ids))
-    nats, tokens, num_bytes = parallel.sum(sums).tolist()
-    return Score(nats / max(tokens, 1), nats / math.log(2) / max(num_bytes, 1), int(tokens), int(num_bytes))
+    nats, num_bytes, all_tokens = parallel.sum(torch.cat((sums, sums.new_tensor([tokens])))).tolist()
+    loss, bits = nats / max(all_tokens, 1), nats / math.log(2) / max(num_bytes, 1)
+    return Score(loss, bits, int(all_tokens), int(num_bytes))

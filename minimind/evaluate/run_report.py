@@ -17,9 +17,9 @@ from minimind.errors import UserError
 from minimind.evaluate.report import read_log, write_report
 from minimind.flags import flag, parse_flags
 from minimind.paths import OUT_DIR
-from minimind.runs import RUN
+from minimind.runs import LOG, RUN
 
-LOG, SAMPLES, REPORT = "metrics.jsonl", "samples.jsonl", "report.html"
+SAMPLES, REPORT = "samples.jsonl", "report.html"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from minimind.config import PRESETS
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR
-from minimind.stages import SCRIPTS
+from minimind.stages import SCRIPTS, command
 from minimind.stages.sft import SFTOptions
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def stage(options: DistillOptions) -> Stage:
 
     if options.teacher_path and not options.teacher_path.is_file():
         raise UserError(f"--teacher_path {options.teacher_path}: there is no such weight file")
-    command = f"python {SCRIPTS['full_sft']} --preset {options.teacher_preset}"
-    objective = Distillation(options.teacher, command, options.alpha, options.temperature)
+    make = command(SCRIPTS["full_sft"], {"preset": options.teacher_preset}, options.out_dir)
+    objective = Distillation(options.teacher, make, options.alpha, options.temperature)
     return Stage("full_dist", "conversation", ("full_sft", "pretrain"), objective)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import time
 import uuid
@@ -35,7 +34,7 @@ from minimind.errors import UserError
 from minimind.evaluate.run_report import REPORT, SAMPLES
 from minimind.files import check_writable, write_text
 from minimind.model import MiniMind
-from minimind.runs import RUN, run_folder
+from minimind.runs import RUN, bring_back_last_saved, keep_last_saved, run_folder, set_aside
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
 from minimind.train.checkpoint import CheckpointWriter, list_checkpoints, load_state, random_state
@@ -205,6 +204,8 @@ class Trainer:
     def run(self) -> int:
         start = self.done = resume(self)
         self.is_new = start == 0
+        if self.parallel.is_main and (not self.is_new or self.has_results):
+            (keep_last_saved if self.is_new else bring_back_last_saved)(self.run_dir)
         self.peak_rate = matmul_rate(self.parallel.device, self.parallel.dtype)
         self.monitor = Monitor(
             self.run_dir,
@@ -264,6 +265,8 @@ class Trainer:
     def stop(self, start: int) -> None:
         """Save what a signal has interrupted."""
         if self.done == start:
+            if self.is_new and self.parallel.is_main:
+                bring_back_last_saved(self.run_dir)
             self.say("stopped before the first step was done; nothing was changed")
             return
         if self.done != self.saved_at:
@@ -386,13 +389,11 @@ class Trainer:
     def set_previous_aside(self, checkpoints: Path) -> None:
         """A run started by mistake must not cost the one before it: that moves to `previous/`."""
         self.is_new = False
-        if not self.parallel.is_main:
-            return
-        results = (checkpoints, self.weights_path, self.run_dir / REPORT, self.run_dir / SAMPLES)
-        # A run killed in its first save has nothing whole, and has set aside the one before it.
-        if list_checkpoints(checkpoints) or self.weights_path.exists():
-            previous = self.run_dir / "previous"
-            shutil.rmtree(previous, ignore_errors=True)
-            previous.mkdir()
-            for path in filter(Path.exists, results):
-                path.replace(previous / path.name)
+        if self.parallel.is_main and self.has_results:
+            results = (checkpoints, self.weights_path, self.run_dir / REPORT, self.run_dir / SAMPLES)
+            set_aside(self.run_dir, results)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there is anything whole of a run, which is not so after it was killed in its first save."""
+        return bool(list_checkpoints(self.checkpoints.folder)) or self.weights_path.exists()

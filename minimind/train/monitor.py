@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minimind.files import write_text
 from minimind.model import MiniMind
+from minimind.runs import LOG
 from minimind.train.loggers import Loggers, RunInfo
 
 EVALUATION = {  # how the scores on held-out data are shown
@@ -40,7 +41,8 @@ class Monitor:
         self.total_steps = total_steps
         self.started, self.first_step = time.perf_counter(), first_step
         self.loggers: Loggers | None = None
-        self.path = folder / "metrics.jsonl"
+        self.logged_to: tuple[Sequence[str], RunInfo] | None = None
+        self.path = folder / LOG
         self.file: TextIO | None = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +79,16 @@ class Monitor:
         if self.file:
             self.file.close()
             self.open_log(step)
+        self.started, self.first_step = time.perf_counter(), step
+        if self.loggers and self.logged_to:  # they take no step back, but begin again as in a resumed run
+            self.loggers.finish()
+            self.start_loggers(*self.logged_to)
 
     def start_loggers(self, names: Sequence[str], run: RunInfo) -> None:
         """Log to these libraries too, beginning with the steps that a resumed run has behind it."""
         if not (self.is_main and names):
             return
+        self.logged_to = names, run
         self.loggers = Loggers(names, run, self.say)
         for line in self.path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
@@ -129,10 +136,7 @@ class Monitor:
 
 
 def keep_lines_before(path: Path, step: int) -> None:
-    """Cut `metrics.jsonl` back to the steps that a resumed run has behind it.
-
-    A new run starts empty; the lines of the one before become `metrics.previous.jsonl`.
-    """
+    """Cut `metrics.jsonl` back to the steps that a run has behind it; a new one starts empty."""
     kept = []
     if step > 0 and path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -141,8 +145,6 @@ def keep_lines_before(path: Path, step: int) -> None:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # the last line of a killed run
                 continue
-    elif path.is_file() and path.stat().st_size:
-        path.replace(path.with_suffix(".previous.jsonl"))
     write_text(path, "".join(kept))
 
 
@@ -164,8 +166,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     def seconds() -> float:
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish_work(device)
         return time.perf_counter() - start
 
     seconds()  # the first one pays for the kernel's set-up
@@ -173,6 +174,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the training's peak is wanted, not that of this
     return rate
+
+
+def finish_work(device: torch.device) -> None:
+    """Wait until `device` has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def training_flops(model: MiniMind) -> float:

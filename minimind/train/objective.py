@@ -90,7 +90,8 @@ def with_balance(
         return Loss(loss, loss.detach(), metrics)
     balance = torch.stack([r.balance_loss for r in routing]).mean(dim=0)  # (B,)
     load = torch.stack([r.expert_load for r in routing]).mean(dim=0)  # (E,)
-    total = loss + balance_coef * len(routing) * (balance * batch.row_units).sum()
-    metrics = metrics | {"balance_loss": balance.detach().mean()}
+    balance_sum = (balance * batch.row_units).sum()
+    total = loss + balance_coef * len(routing) * balance_sum
+    metrics = metrics | {"balance_loss": balance_sum.detach() / batch.row_units.sum().clamp(min=1)}
     metrics |= {f"expert_load/{i}": share for i, share in enumerate(load.detach())}
     return Loss(total, loss.detach(), metrics)

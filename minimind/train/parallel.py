@@ -60,6 +60,11 @@ class Parallel:
         dist.all_reduce(values)
         return values
 
+    def zeros(self, count: int) -> Tensor:
+        """(count,) in fp64, for sums; on the device, or beside one that has no fp64: a Mac's GPU."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        return torch.zeros(count, dtype=torch.float64, device=device)
+
     def any(self, condition: bool) -> bool:
         """Whether `condition` holds in any process, so that all leave a loop together."""
         if self.world_size == 1:

@@ -78,7 +78,7 @@ class Preference(Objective):
         """As `Objective.evaluate`, with bits per byte of the chosen answers. Those must not get much worse:
         a margin can also be had by making both answers unlikely, the rejected one more."""
         bytes_of = torch.tensor([len(b) for b in tokenizer.token_bytes], device=parallel.device)
-        sums = torch.zeros(7, dtype=torch.float64, device=parallel.device)
+        sums = parallel.zeros(7)
         for batch, targets in at_all_targets(model, data, parallel, batch_size, max_rows):
             logps = self.answer_logps(targets, batch)
             losses, rewards = dpo_loss(logps, batch.reference, self.beta)
@@ -93,7 +93,7 @@ class Preference(Objective):
                 targets.nll[is_chosen],
                 bytes_of[targets.labels[is_chosen]],
             ]
-            sums += torch.stack([value.sum().double() for value in values])
+            sums += torch.stack([value.sum().float() for value in values]).to(sums.device).double()
         pairs, loss, preferred, moved, margin, nats, num_bytes = parallel.sum(sums).tolist()
         return {
             "eval_loss": loss / pairs,

@@ -12,6 +12,7 @@ import torch
 
 from minimind.data.batches import Batch
 from minimind.environment import environment
+from minimind.train.compiling import uncompiled
 from minimind.train.objective import Loss
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def suspects(trainer: Trainer, step: int, batches: list[Batch], losses: list[Los
 @torch.no_grad()
 def loss_of_row(trainer: Trainer, epoch: int, row: int) -> float:
     alone = trainer.data.batch(epoch, row, 1).to(trainer.parallel.device)
-    with trainer.parallel.autocast():
+    # Compiled code for one row, without gradients, would be made for this alone.
+    with trainer.parallel.autocast(), uncompiled(trainer.model):
         loss = trainer.objective.loss(trainer.model, alone, 0.0).logged
     return loss.item() / max(1, alone.row_units.sum().item())
 

@@ -9,8 +9,6 @@ import stat
 from contextlib import suppress
 from types import FrameType
 
-HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-
 
 class Interrupted(Exception):
     """A signal asked the run to stop; raised between two batches, with the weights of the last full step."""
@@ -24,8 +22,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # as it is under `nohup`
-            numbers.append(HANGUP)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under `nohup`
+            numbers.append(signal.SIGHUP)
         self.previous = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
@@ -36,7 +34,7 @@ class StopSignals:
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == HANGUP:
+        if number == signal.SIGHUP:
             stop_speaking()
         self.received = number
 

@@ -16,7 +16,7 @@ import torch
 from minimind.data.epochs import ORDER_VERSION
 from minimind.errors import UserError
 from minimind.model import MiniMind
-from minimind.runs import read_run
+from minimind.runs import read_settings
 from minimind.stages import SCRIPTS, command
 from minimind.train.checkpoint import (
     list_checkpoints,
@@ -86,7 +86,7 @@ def check_compiled(trainer: Trainer) -> None:
 def resume(trainer: Trainer) -> int:
     """Load the newest whole checkpoint, if asked to; returns the number of finished steps."""
     folder = trainer.checkpoints.folder
-    before = read_run(trainer.weights_path)  # it may have been killed before its first save
+    before = read_settings(trainer.run_dir)  # it may have been killed before its first save
     # A launcher that starts a run again gives the flags of the first time.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     again = trainer.parallel.from_main(again and before.get("launcher") == os.getppid())

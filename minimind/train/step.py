@@ -63,6 +63,8 @@ def optimizer_step(
     if objection:
         trainer.say(report.left_out(trainer, step, batches, losses, scale, objection))
         trainer.engine.skip()
+    elif scaled and not math.isfinite(grad_norm):
+        trainer.engine.skip()  # the whole step, and not only the optimizer whose gradients overflowed
     else:
         trainer.engine.step(scale)
 

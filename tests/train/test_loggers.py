@@ -20,9 +20,9 @@ from minimind.stages.pretrain import PretrainOptions
 from minimind.train import loggers, loop
 from minimind.train.checkpoint import list_checkpoints
 from minimind.train.monitor import Monitor
-from minimind.train.signals import Interrupted
 
-from .conftest import metrics, run
+from .conftest import PRETRAIN, metrics, run
+from .test_stability import Diverges, one_pass
 from .wandb_server import WandbServer
 
 History = dict[int, dict[str, float]]  # step → what was logged at it
@@ -162,6 +162,13 @@ def test_wandb_and_tensorboard_hold_the_whole_of_a_resumed_run(options, monkeypa
     assert_same(read_tensorboard(another.run_dir / "tensorboard")[1], another, rel=1e-6)
 
 
+def test_steps_that_were_taken_back_are_in_no_log_twice(options):
+    given = one_pass(options, max_steps=8, logger=("tensorboard",))
+    trainer = run(given, replace(PRETRAIN, objective=Diverges(at=5, times=1)))
+    assert trainer.stability.rollbacks == 1
+    assert_same(read_tensorboard(trainer.run_dir / "tensorboard")[1], trainer, rel=1e-6)
+
+
 def test_swanlab_holds_the_whole_of_a_resumed_run_and_leaves_ctrl_c_alone(options, monkeypatch):
     options = replace(options, logger=("swanlab",))
     with monkeypatch.context() as patch:
@@ -208,10 +215,6 @@ def test_without_a_network_wandb_goes_offline(options, monkeypatch, capsys):
     assert_same(read_wandb(*wandb_folders(trainer))[2], trainer)
 
 
-def interrupted(*_) -> None:
-    raise Interrupted
-
-
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_id(options, monkeypatch):
     def killed(*_):
         raise SystemExit
@@ -228,10 +231,11 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_id(options, monkeypa
 def test_a_start_by_mistake_does_not_take_the_id_of_the_run_whose_checkpoints_are_there(options, monkeypatch):
     first = run(options)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimizer_step", interrupted)
-        mistake = run(options)
-    assert json.loads((mistake.run_dir / "run.json").read_bytes())["run_id"] == mistake.run_id
-    assert run(replace(options, from_resume=True)).run_id == first.run_id != mistake.run_id
+        patch.setattr(loop, "optimizer_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(options)
+    mistaken_id = json.loads((first.run_dir / "run.json").read_bytes())["run_id"]
+    assert run(replace(options, from_resume=True)).run_id == first.run_id != mistaken_id
 
 
 @pytest.mark.parametrize("breaks_in", ["init", "log", "finish"])

@@ -17,6 +17,7 @@ import torch
 
 from minimind.errors import UserError
 from minimind.paths import ROOT
+from minimind.runs import read_run, read_settings
 from minimind.train import loop
 from minimind.train.checkpoint import STATE, list_checkpoints, load_state
 from minimind.train.objective import Loss, NextToken
@@ -132,19 +133,30 @@ def test_resuming_another_run_is_refused(options, texts, tmp_path):
 
 def test_a_new_run_keeps_the_old_checkpoints_until_it_has_its_own(options, monkeypatch, capsys):
     first = run(replace(options, save_interval=2))
+    said = metrics(first), read_run(first.weights_path)
     kept = list_checkpoints(first.run_dir / "checkpoints")
     assert [p.name for p in kept] == ["step_00000006", "step_00000007"]
     monkeypatch.setattr(loop, "optimizer_step", lambda *_: pytest.fail("reached"))
-    with pytest.raises(pytest.fail.Exception):
-        run(options)
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception):
+            run(replace(options, seed=2))
     assert list_checkpoints(first.run_dir / "checkpoints") == kept
     assert "--from_resume 1 would go on" in capsys.readouterr().out
+    assert metrics(first) == []
+    assert read_run(first.weights_path) == said[1]  # of the run that made them
     monkeypatch.undo()
+    run(replace(options, save_interval=2, from_resume=True))
+    assert (metrics(first), read_run(first.weights_path)["run_id"]) == (said[0], first.run_id)
+
     run(replace(options, max_steps=3))
     assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000003"]
     previous = first.run_dir / "previous"
     assert [p.name for p in list_checkpoints(previous / "checkpoints")] == [p.name for p in kept]
     assert (previous / "pretrain_64.pth").is_file()
+    assert read_settings(previous)["run_id"] == first.run_id
+    assert (previous / "metrics.jsonl").read_text().count('"loss"') == len(said[0])
+    folders = sorted(path.name for path in first.run_dir.iterdir() if path.is_dir())
+    assert folders == ["checkpoints", "previous"]
 
 
 def test_a_run_killed_in_its_first_save_leaves_the_one_it_has_set_aside(options):
@@ -161,14 +173,15 @@ def test_a_run_killed_in_its_first_save_leaves_the_one_it_has_set_aside(options)
 
 def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatch):
     first = run(options)
-    kept = first.weights_path.read_bytes()
+    files = (first.weights_path, first.run_dir / "run.json", first.run_dir / "metrics.jsonl")
+    kept = [path.read_bytes() for path in files]
 
     def interrupted(self, *_):
         raise loop.Interrupted
 
     monkeypatch.setattr(loop, "optimizer_step", interrupted)
     assert run(options).exit_code > 128
-    assert first.weights_path.read_bytes() == kept
+    assert [path.read_bytes() for path in files] == kept
     assert [p.name for p in list_checkpoints(first.run_dir / "checkpoints")] == ["step_00000007"]
 
 

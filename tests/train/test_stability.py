@@ -12,7 +12,10 @@ from minimind.errors import UserError
 from minimind.flags import WORD
 from minimind.train import loop, memory
 from minimind.train.checkpoint import list_checkpoints
+from minimind.train.engine import Engine
+from minimind.train.loop import Trainer
 from minimind.train.objective import Loss, NextToken
+from minimind.train.parallel import Parallel
 from minimind.train.stability import FEWEST, Stability
 
 from .conftest import PRETRAIN, metrics, run, weights
@@ -114,6 +117,27 @@ class Large(NextToken):
         if torch.is_grad_enabled() and len(batch.input_ids) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().loss(model, batch, balance_coef)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_gradient_that_overflows_in_fp16_leaves_out_the_whole_step(options, monkeypatch, wrong):
+    """And not only the optimizer that it belongs to: with joint clipping it spoils all gradients."""
+    backward, passes = Engine.backward, []
+
+    def overflowing(self: Engine, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        passes.append(loss)
+        if len(passes) == 6:
+            self.model.model.embed_tokens.weight.grad[5, 0] = wrong
+
+    monkeypatch.setattr(Engine, "backward", overflowing)
+    skip, skipped = Engine.skip, []
+    monkeypatch.setattr(Engine, "skip", lambda self: (skipped.append(len(passes)), skip(self)))
+    fp16 = Parallel(torch.device("cpu"), torch.float16)  # which no flag gives on a CPU
+    trainer = Trainer(PRETRAIN, replace(options, grad_clip=0.5), fp16)
+    assert trainer.run() == 0
+    assert 6 in skipped
+    assert all(weight.isfinite().all() for weight in weights(trainer).values())
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_step(options, capsys):
