@@ -92,18 +92,22 @@ def trial(name: str, options: Any, parallel: Parallel) -> Iterator[tuple[Stage, 
     """The stage, and `options` that need no weights of others and write to a folder which is then removed."""
     prefix = "minimind_estimate_"
     with tempfile.TemporaryDirectory(prefix=prefix) if parallel.is_main else nullcontext("") as own:
-        folder = Path(parallel.from_main(own))
-        changes = {"out_dir": folder, "from_weight": "none", "from_resume": False}
-        if hasattr(options, "teacher"):
-            changes["teacher_path"] = options.teacher
-            if not options.teacher_path and not options.teacher.is_file():
-                changes["teacher_path"] = folder / "teacher.pth"
-                if parallel.is_main:
-                    write_teacher(options, folder / "teacher.pth")
-                parallel.barrier()
-        options = replace(options, **changes)
+        options = for_trial(options, Path(parallel.from_main(own)), parallel.is_main)
+        parallel.barrier()
         yield import_module(f"minimind.stages.{name}").stage(options), options
         parallel.barrier()
+
+
+def for_trial(options: Any, folder: Path, is_main: bool = True) -> Any:
+    """`options` that write to `folder` and need no weights of other stages."""
+    changes = {"out_dir": folder, "from_weight": "none", "from_resume": False}
+    if hasattr(options, "teacher"):
+        changes["teacher_path"] = options.teacher
+        if not options.teacher_path and not options.teacher.is_file():
+            changes["teacher_path"] = folder / "teacher.pth"
+            if is_main:
+                write_teacher(options, folder / "teacher.pth")
+    return replace(options, **changes)
 
 
 def write_teacher(options: Any, path: Path) -> None:
@@ -242,12 +246,11 @@ def reading_seconds(trainer: Trainer) -> float:
 
 def rows_read(trainer: Trainer) -> int:
     """Rows that are read without training: in the evaluations, and to score them first where that is done."""
-    from minimind.train.loop import EVAL_TOKENS
-
-    held_out = trainer.held_out.num_rows if trainer.held_out else 0
-    evaluations = (trainer.total_steps - 1) // trainer.eval_interval  # and one of everything at the end
-    rows = held_out + evaluations * min(held_out, max(1, EVAL_TOKENS // trainer.options.max_seq_len))
-    return rows + (trainer.data.num_rows + held_out if trainer.objective.scores_first else 0)
+    rows = sum(data.num_rows for data in trainer.datasets()) if trainer.objective.scores_first else 0
+    if trainer.held_out:
+        evaluations = (trainer.total_steps - 1) // trainer.eval_interval  # and one at the end
+        rows += evaluations * trainer.rows_to_evaluate(full=False) + trainer.rows_to_evaluate(full=True)
+    return rows
 
 
 def saves(trainer: Trainer) -> int:
@@ -267,11 +270,11 @@ def compute(name: str, options: Any) -> int:
 
     if options.dtype == "float32":
         raise UserError(f"--gpu {options.gpu} is computed for bf16 products; leave out --dtype float32")
-    gpu = GPUS[options.gpu]
+    gpu, price = GPUS[options.gpu], options.price_per_hour
     options = replace(
         options,
         compile="0",
-        price_per_hour=options.price_per_hour or gpu.price_per_hour,
+        price_per_hour=price or gpu.price_per_hour,
         dtype="float32",
         batch_size=1,  # at once, which changes nothing here; auto would measure
         global_batch_size=options.rows_per_step,
@@ -292,7 +295,7 @@ def compute(name: str, options: Any) -> int:
         f"assumed that training reaches {ASSUMED_MFU:.0%} of them; attention, evaluation, saving are left out"
     )
     trainer.say(f"time: {duration(seconds)} for {flops:.3g} floating-point operations")
-    say_money(trainer, cost)
+    say_money(trainer, cost, assumed=price is None)
     fits = state < gpu.memory_gb * 1e9
     rest = "activations come on top, and grow with --batch_size" if fits else "it does not fit"
     trainer.say(
@@ -324,8 +327,9 @@ def describe(trainer: Trainer) -> None:
     )
 
 
-def say_money(trainer: Trainer, cost: Any) -> None:
+def say_money(trainer: Trainer, cost: Any, assumed: bool = False) -> None:
     money = "unknown without --price_per_hour"
     if cost.money is not None:
         money = f"¥{cost.money:.2f} at ¥{cost.price_per_hour:g} an hour"
+        money += " (assumed; --price_per_hour gives another)" if assumed else ""
     trainer.say(f"money: {money}")

@@ -103,6 +103,12 @@ def refuse_to_replace(path: Path, mend: str = "move it or name another") -> None
         raise UserError(f"{path} exists already; {mend}")
 
 
+def check_ending(flag: str, path: Path | None, *endings: str) -> None:
+    """Data or weights must not be lost to a slip. Raises: UserError for a file of another kind."""
+    if path and path.is_file() and path.suffix.lower() not in endings:
+        raise UserError(f"{flag} {path} is there and ends in no {' or '.join(endings)}; name another")
+
+
 def remove_leftovers(path: Path) -> None:
     """Delete what processes that were killed in the middle of a write have left beside `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -159,6 +165,8 @@ def sync(path: Path) -> None:
 
 def check_writable(folder: Path, flag: str = "--out_dir") -> None:
     """Fail before an hour of work rather than after it; `flag` is what named the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder} is a file, not a folder; name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"

@@ -35,6 +35,7 @@ from minimind.paths import OUT_DIR
 from minimind.tokenizer import CONTROL_TOKENS, TRANSFORMERS_CONFIG, WORD, Tokenizer
 
 MIN_VOCAB_SIZE = len(CONTROL_TOKENS) + 256
+MAX_VOCAB_SIZE = 1_000_000  # far more than any model has; memory is taken for each
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class TokenizerOptions:
     on_bad_record: OnBadRecord = flag("stop", "what to do about a broken record", choices=("stop", "skip"))
 
     def __post_init__(self) -> None:
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(f"--vocab_size {self.vocab_size} is too large; at most {MAX_VOCAB_SIZE:,}")
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
                 f"--vocab_size {self.vocab_size} is too small: 3 control tokens and 256 bytes need "

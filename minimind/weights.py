@@ -39,6 +39,9 @@ def load_state(path: Path, how_to_make: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there are no weights at {path}; make them with: {how_to_make}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # PyTorch does not look at the checksums that it has written
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError):
         raise UserError(
@@ -51,8 +54,8 @@ def load_state(path: Path, how_to_make: str) -> dict[str, Tensor]:
 
 
 def is_weight(name: object, value: object) -> bool:
-    """Whether an entry of a file is a plain tensor of real numbers under a name."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_complex()
+    """Whether an entry of a file is a plain tensor of floating-point numbers under a name."""
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.is_floating_point()
     return isinstance(name, str) and plain
 
 
@@ -75,15 +78,18 @@ def infer_config(state: dict[str, Tensor], path: Path) -> ModelConfig:
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     shape = PRESETS["small"]
-    return replace(
-        shape,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=count(r"model\.layers\.(\d+)\."),
-        num_attention_heads=hidden_size * shape.num_key_value_heads // key_size,
-        num_experts=count(r"model\.layers\.0\.mlp\.experts\.(\d+)\."),
-        num_shared_experts=count(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\."),
-    )
+    try:
+        return replace(
+            shape,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=count(r"model\.layers\.(\d+)\."),
+            num_attention_heads=hidden_size * shape.num_key_value_heads // key_size,
+            num_experts=count(r"model\.layers\.0\.mlp\.experts\.(\d+)\."),
+            num_shared_experts=count(r"model\.layers\.0\.mlp\.shared_experts\.(\d+)\."),
+        )
+    except UserError as error:
+        raise UserError(f"{path} holds no MiniMind model: {error}") from None
 
 
 def load_model(path: Path, how_to_make: str, expected: ModelConfig | None = None) -> MiniMind:

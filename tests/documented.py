@@ -166,8 +166,11 @@ def own_main(command: Command) -> tuple[Callable[..., Any], list[str]] | None:
     if not script.is_file():
         raise Wrong(f"there is no {script}")
     with patch.object(sys, "path", [*sys.path]):
-        main = runpy.run_path(str(script)).get("main")
-    return (main or no_flags), arguments[1:]
+        main = runpy.run_path(str(script)).get("MAIN")
+    if main is None:
+        return no_flags, arguments[1:]
+    module, function = main.split(":")
+    return getattr(importlib.import_module(module), function), arguments[1:]
 
 
 def own_command(words: list[str]) -> tuple[Callable[..., Any], list[str]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works without installing the package
 
 from minimind.errors import run_cli
-from minimind.stages.distill import main
+
+MAIN = "minimind.stages.distill:main"
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(MAIN)

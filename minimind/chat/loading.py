@@ -178,7 +178,7 @@ class LoadOptions(ShapeOptions):
 class AnswerOptions(LoadOptions):
     """The flags of the commands that answer with a model."""
 
-    load: int = flag(0, "0: a .pth file, 1: --hf_dir", choices=(0, 1))
+    load: int = flag(0, "1 insists on --hf_dir, which alone says as much", choices=(0, 1))
     weights: str = flag("half", "how they are held in memory", choices=WEIGHTS)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from minimind.data.records import (
     BadRecord,
     open_file,
     read_lines,
+    to_utf8,
     unzipped,
 )
 from minimind.errors import UserError
@@ -82,8 +83,8 @@ def _decoded(path: Path) -> Iterator[str]:
         try:
             while chunk := stream.read(BLOCK_BYTES):
                 yield decoder.decode(chunk)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: is not UTF-8; convert it: iconv -f GB18030 -t UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: is not UTF-8; convert it: {to_utf8(error.object[:4])}") from None
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path}: damaged gzip data ({error}); fetch the file again") from None
 

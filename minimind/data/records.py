@@ -13,6 +13,7 @@ formats above do not name are ignored.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
@@ -71,6 +72,7 @@ _DECODERS: dict[str, msgspec.json.Decoder] = {
     "reasoning": msgspec.json.Decoder(ConversationRecord),
     "preference": msgspec.json.Decoder(PreferenceRecord),
 }
+ANYTHING = msgspec.json.Decoder()
 ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])  # for `decode_line`
 
 
@@ -128,7 +130,7 @@ def read_records(
     Raises `UserError` when the file cannot be opened or holds no usable record, and on the first bad record
     unless `on_bad_record` is "skip"; then bad records are left out and collected in `bad_records`.
     """
-    usable = False
+    usable, first = False, None
     for records, bad in parsed_blocks(path, kind):
         if bad and on_bad_record == "stop":
             # What stands before the bad line is good: the caller gets it first.
@@ -136,14 +138,17 @@ def read_records(
             raise bad[0].stop()
         if bad_records is not None:
             bad_records.extend(bad)
+        first = first or next((flaw for flaw in bad if not flaw.used), None)
         usable = usable or bool(records)
         yield from records
     if not usable:
-        raise no_records(path)
+        raise no_records(path, first)
 
 
-def no_records(path: str | Path) -> UserError:
-    return UserError(f"{path}: no usable record in this file")
+def no_records(path: str | Path, first: BadRecord | None = None) -> UserError:
+    """Args: first: what is wrong with the first record, where that is known."""
+    why = f"; the first, in line {first.line}: {first.reason}" if first else ""
+    return UserError(f"{path}: no usable record in this file{why}")
 
 
 def open_file(path: str | Path) -> BufferedReader:
@@ -248,7 +253,13 @@ def decode_text(line: bytes) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         place = f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8"
-        raise InvalidLine("line", f"{place}; convert the file: iconv -f GB18030 -t UTF-8") from None
+        raise InvalidLine("line", f"{place}; convert the file: {to_utf8(line)}") from None
+
+
+def to_utf8(begin: bytes) -> str:
+    """The command that converts a file with such bytes: there are two likely other ways to write Chinese."""
+    utf16 = begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in begin
+    return f"iconv -f {'UTF-16' if utf16 else 'GB18030'} -t UTF-8"
 
 
 def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -291,9 +302,10 @@ def wrong_field(message: str) -> InvalidLine:
 def _why_no_json(line: bytes, error: Exception) -> str:
     """A reason a person can act on. The standard parser is slow, but says it better and knows the column."""
     try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode()
+        json.dumps(json.loads(line.decode()), ensure_ascii=False).encode()
     except json.JSONDecodeError as reason:
-        return f"broken JSON: {reason.msg.removesuffix(' at')} at column {reason.colno}"
+        zeros = f"; it has zero bytes in it, perhaps: {to_utf8(line)}" if b"\0" in line else ""
+        return f"broken JSON: {reason.msg.removesuffix(' at')} at column {reason.colno}{zeros}"
     except UnicodeEncodeError:
         return "half of a \\ud800–\\udfff pair, which is no character"
     except RecursionError:
@@ -357,13 +369,16 @@ def kind_of(path: Path, asked: AskedKind = "auto") -> Kind:
     """
     if asked != "auto":
         return asked
+    first = None
     for item in read_lines(path):
         if isinstance(item, BadRecord):
+            first = first or (None if item.used else item)
             continue
         try:
-            record = msgspec.json.decode(item[1])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue  # a bad record, and the next one may tell
+            record = decode_line(item[1], ANYTHING)
+        except InvalidLine as error:  # a bad record, and the next one may tell
+            first = first or BadRecord(str(path), item[0], error.field, error.reason)
+            continue
         fields = record if isinstance(record, dict) else {}
         if "text" in fields:
             return "pretrain"
@@ -373,7 +388,7 @@ def kind_of(path: Path, asked: AskedKind = "auto") -> Kind:
             return "reasoning" if TAG.search(str(fields["conversations"])) else "conversation"
         break
     else:
-        raise no_records(path)
+        raise no_records(path, first)
     raise UserError(
         f"{path}: the first record has no field text, conversations or chosen, by which to tell its kind; "
         f"mend it (dataset/README.md shows how): `minimind data check {path} --kind …` names its flaws"

@@ -28,7 +28,7 @@ from minimind.data.segments import make_segments
 from minimind.data.stats_report import draw, show
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
-from minimind.files import write_text
+from minimind.files import check_ending, write_text
 from minimind.flags import REQUIRED, flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.tokenizer import Tokenizer
@@ -44,6 +44,8 @@ class StatsOptions:
     json: Path | None = flag(None, "file to write the figures to, for programs")
 
     def __post_init__(self) -> None:
+        check_ending("--picture", self.picture, ".png", ".svg", ".pdf", ".jpg")
+        check_ending("--json", self.json, ".json")
         for length in self.max_seq_len:
             if length < 8:
                 raise UserError(f"--max_seq_len is {length}; it must be at least 8")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minimind.chat.loading import LoadOptions, check_positions, description
 from minimind.config import ModelConfig
 from minimind.errors import UserError
-from minimind.files import check_writable, write_text
+from minimind.files import check_ending, check_writable, write_text
 from minimind.flags import flag
 from minimind.runs import read_run
 
@@ -81,6 +81,7 @@ class EvalOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ending("--json", self.json, ".json")
         most = ModelConfig.max_position_embeddings
         if self.max_seq_len is not None and not 8 <= self.max_seq_len <= most:
             raise UserError(f"--max_seq_len is {self.max_seq_len}; it must be 8 to {most}")

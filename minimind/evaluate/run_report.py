@@ -15,6 +15,7 @@ from typing import Any
 
 from minimind.errors import UserError
 from minimind.evaluate.report import read_log, write_report
+from minimind.files import check_ending
 from minimind.flags import flag, parse_flags
 from minimind.paths import OUT_DIR
 from minimind.runs import LOG, RUN
@@ -29,6 +30,9 @@ class ReportOptions:
     )
     out_dir: Path = flag(OUT_DIR, "folder of the weight files and of runs/")
     output: Path | None = flag(None, f"file to write; without it {REPORT} in the run's folder")
+
+    def __post_init__(self) -> None:
+        check_ending("--output", self.output, ".html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +67,8 @@ def write_run_report(folder: Path, path: Path | None = None) -> Path:
     log = folder / LOG
     if not log.is_file():
         hint = "" if folder.is_dir() else "; there is no such folder"
-        raise UserError(f"{folder} holds no training run (no {LOG}){hint}; runs are in out/runs/")
+        where = "runs are in out/runs/, those of adapters in out/lora/runs/"
+        raise UserError(f"{folder} holds no training run (no {LOG}){hint}; {where}")
     run = read_run(folder / RUN)
     columns = read_log(log)
     done = int(max(columns.get("loss", ([0], []))[0], default=0))

@@ -12,7 +12,7 @@ from minimind.chat.loading import MODES
 from minimind.export.options import WeightOptions
 from minimind.files import atomic_write, refuse_to_replace, write_text
 from minimind.flags import flag, parse_flags
-from minimind.runs import RUN, run_folder
+from minimind.runs import RUN, read_run, run_folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     atomic_write(target, lambda file: torch.save(model.state_dict(), file))
     adapters = [options.adapter_path(name, model.config) for name in options.lora_name]
     run = {
+        "options": read_run(base).get("options", {}),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "merged": [str(path) for path in (base, *adapters)],
     }

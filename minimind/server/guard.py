@@ -40,8 +40,12 @@ class Guard:
             return
         path = scope["path"] if scope["path"] in self.counted else "other"  # anybody can make up paths
 
+        answered = False
+
         async def counting_send(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
@@ -51,8 +55,14 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, counting_send)
         else:
-            if body is not None:
+            if body is None:
+                return
+            try:
                 await self.app(scope, replay(body, receive), counting_send)
+            except Exception:  # a bug; what answers it stands outside of all middleware
+                if not answered:
+                    self.metrics.requests.labels(path, 500).inc()
+                raise
 
     def check(self, scope: Scope) -> None:
         """Raises: ApiError unless this client may ask for this."""

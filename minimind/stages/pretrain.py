@@ -2,9 +2,9 @@
 
 Reads {"text": …} records and writes out/pretrain_512.pth, where 512 is the width of the model.
 
-    python trainer/train_pretrain.py                                   on dataset/pretrain_hq.jsonl
-    python trainer/train_pretrain.py --preset tiny --max_steps 100     a quick try
-    python trainer/train_pretrain.py --from_resume 1                   goes on where it was stopped
+    python trainer/train_pretrain.py                      on dataset/pretrain_hq.jsonl
+    python trainer/train_pretrain.py --preset tiny --batch_size 8 --max_steps 100      a quick try
+    python trainer/train_pretrain.py --from_resume 1      goes on where it was stopped
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel, return_freed_memory, setup
 from minimind.train.samples import conclude
 from minimind.train.shares import Shares
-from minimind.train.signals import Interrupted, StopSignals
+from minimind.train.signals import Interrupted, StopSignals, output_may_break
 from minimind.train.stability import ROLLBACKS, Stability
 from minimind.train.start import (
     check_compiled,
@@ -227,7 +227,11 @@ class Trainer:
             except Interrupted:
                 self.stop(start)
                 return 128 + (signals.received or signal.SIGTERM)
-            self.finish_saving()
+            try:
+                self.finish_saving()
+            except UserError:
+                self.save_weights()  # far smaller; there may be room for them at least
+                raise
             weights = None
             if self.parallel.sharded or self.done == start:  # then what there was to train may lack its file
                 weights = self.save_weights()
@@ -319,7 +323,8 @@ class Trainer:
 
     def say(self, message: str) -> None:
         if self.parallel.is_main:
-            print(message, flush=True)
+            with output_may_break():
+                print(message, flush=True)
 
     def cost(self) -> Cost:
         """What the run has taken up to now."""
@@ -336,11 +341,19 @@ class Trainer:
     def evaluate(self, step: int, full: bool) -> None:
         if self.held_out is None:
             return
-        rows = None if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
+        rows = self.rows_to_evaluate(full)
         scores = self.objective.evaluate(
             self.model, self.held_out, self.tokenizer, self.parallel, self.shares.batch_size, rows
         )
         self.monitor.evaluation(step, scores)
+
+    def rows_to_evaluate(self, full: bool) -> int:
+        """All held-out rows at the end, some before; no more than cost a third of the training between."""
+        assert self.held_out is not None
+        steps = self.total_steps if full else self.eval_interval
+        worthwhile = max(1, steps * self.shares.rows_per_step)  # to read is a third of the work of a step
+        most = self.held_out.num_rows if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
+        return min(most, worthwhile)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""
@@ -360,7 +373,7 @@ class Trainer:
         try:
             self.checkpoints.wait()
         except UserError as error:
-            self.say(f"{error}. The checkpoint before it is kept; training goes on and tries again now")
+            self.say(f"{error}. Those before it are kept; training goes on and tries again now")
         self.checkpoints.save(
             step,
             state,

@@ -19,6 +19,7 @@ from minimind.files import write_text
 from minimind.model import MiniMind
 from minimind.runs import LOG
 from minimind.train.loggers import Loggers, RunInfo
+from minimind.train.signals import output_may_break
 
 EVALUATION = {  # how the scores on held-out data are shown
     "eval_loss": "loss {:.3f}",
@@ -95,7 +96,8 @@ class Monitor:
             self.loggers.log(values.pop("step"), values)
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        with output_may_break():
+            self.console.print(message, markup=False)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Log one optimizer step; `step` counts finished ones."""
@@ -107,7 +109,7 @@ class Monitor:
             f"loss {values['loss']:.3f} · {values['tokens_per_s']:,.0f} tokens/s · MFU {values['mfu']:.0%}"
         )
         self.progress.update(self.task, completed=step, status=f"{status} · {duration(remaining)} left")
-        if step % self.log_interval == 0 or step == self.total_steps:
+        if step % self.log_interval == 0 or step in (self.first_step + 1, self.total_steps):
             self.say(
                 f"step {step}/{self.total_steps} · {status} · lr {values['lr']:.2e} · "
                 f"{duration(remaining)} left"

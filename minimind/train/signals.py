@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -37,6 +38,15 @@ class StopSignals:
         if number == signal.SIGHUP:
             stop_speaking()
         self.received = number
+
+
+@contextmanager
+def output_may_break() -> Iterator[None]:
+    """Around what a training says: the reader of it may have gone, or the disk with the log be full."""
+    try:
+        yield
+    except OSError:  # and what waits in the buffer must go somewhere at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stop_speaking() -> None:

@@ -59,7 +59,7 @@ def test_help_does_not_wait_for_torch():
     assert done.returncode == 0
     for flag in ("--model_mode", "--lora_name", "--history_cnt", "--use_moe", "--load", "--prompt"):
         assert flag in done.stdout
-    assert "| minimind.chat.cli" in done.stderr.replace("|   ", "| ")
+    assert "| minimind.chat.loading" in done.stderr.replace("|   ", "| ")
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
 
 
