@@ -166,7 +166,7 @@ def sync(path: Path) -> None:
 def check_writable(folder: Path, flag: str = "--out_dir") -> None:
     """Fail before an hour of work rather than after it; `flag` is what named the folder."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} {folder} is a file, not a folder; name another")
+        raise UserError(f"{flag} {folder} cannot be written to: it is no folder; name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from test_model import in_transformers, random_model
 from minimind.chat import cli as chat
 from minimind.cli import COMMANDS, main
 from minimind.config import ModelConfig
-from minimind.errors import UserError
+from minimind.errors import UserError, run_cli
 from minimind.lora import TARGETS, attach, load_adapters, save_lora
 from minimind.paths import ROOT
 from minimind.weights import load_model, save_weights
@@ -67,6 +68,34 @@ def peer(out, tmp_path, config: ModelConfig = DENSE):
 
 
 # ---- Dispatch ----
+
+
+def test_a_package_that_is_missing_is_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "needs_more.py").write_text("import no_such_package.part\n")
+    (tmp_path / "has_a_bug.py").write_text("import minimind.no_such_part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_cli("needs_more:main")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"error: the package no_such_package is not installed for {sys.executable}; first: source" in said
+    with pytest.raises(ModuleNotFoundError):
+        run_cli("has_a_bug:main")
+
+
+def test_a_full_disk_under_the_output_is_a_sentence():
+    for arguments in (["--help"], ["completion", "bash"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "minimind", *arguments]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "error: No space left on device: standard output\n")
+
+
+def test_a_path_from_an_unset_variable_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", "--out_dir", ""])
+    assert ended.value.code == 2
+    assert "--out_dir: an empty path; name a file or folder" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_lists_all_commands():

@@ -19,7 +19,7 @@ from minimind.files import write_text
 from minimind.model import MiniMind
 from minimind.runs import LOG
 from minimind.train.loggers import Loggers, RunInfo
-from minimind.train.signals import output_may_break
+from minimind.train.signals import output_may_break, silence_output
 
 EVALUATION = {  # how the scores on held-out data are shown
     "eval_loss": "loss {:.3f}",
@@ -30,13 +30,18 @@ EVALUATION = {  # how the scores on held-out data are shown
 }
 
 
+class Output(Console):
+    def on_broken_pipe(self) -> None:  # rich would end the process
+        silence_output()
+
+
 class Monitor:
     """Log sink of the main process; the other processes of a run have one that stays silent."""
 
     def __init__(
         self, folder: Path, *, is_main: bool, total_steps: int, first_step: int, log_interval: int
     ) -> None:
-        self.console = Console(stderr=False, quiet=not is_main, highlight=False, soft_wrap=True)
+        self.console = Output(stderr=False, quiet=not is_main, highlight=False, soft_wrap=True)
         self.is_main = is_main
         self.log_interval = log_interval
         self.total_steps = total_steps

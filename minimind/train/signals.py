@@ -45,8 +45,13 @@ def output_may_break() -> Iterator[None]:
     """Around what a training says: the reader of it may have gone, or the disk with the log be full."""
     try:
         yield
-    except OSError:  # and what waits in the buffer must go somewhere at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        silence_output()
+
+
+def silence_output() -> None:
+    """What waits in the buffer must go somewhere at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stop_speaking() -> None:

@@ -72,6 +72,13 @@ def test_damaged_or_diverged_weights_are_refused(tmp_path):
     file.write_bytes(b"half a file")
     assert "is damaged, or not written by a training stage" in refused("--out_dir", str(tmp_path))
     model = MiniMind(ModelConfig(hidden_size=64, num_hidden_layers=1))
+    save_weights(model, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of a weight
+    file.write_bytes(content)
+    assert "is damaged, or not written by a training stage" in refused("--out_dir", str(tmp_path))
+    torch.save({name: tensor.long() for name, tensor in model.state_dict().items()}, file)
+    assert "holds no state dict of tensors" in refused("--out_dir", str(tmp_path))
     model.model.norm.weight.data[3] = torch.nan
     save_weights(model, file)
     assert "not numbers" in refused("--out_dir", str(tmp_path))

@@ -39,6 +39,18 @@ GOOD = {
 NOT_REASONING = "is not <think>…</think> and <answer>…</answer>, once each, as reasoning is"
 BAD = [
     # kind, line, field, reason
+    (
+        "pretrain",
+        '{"text": "春"}'.encode("utf-16"),
+        "line",
+        "byte 1 of the line (0xff) is not UTF-8; convert the file: iconv -f UTF-16 -t UTF-8",
+    ),
+    (
+        "pretrain",
+        '{"text": "a"}'.encode("utf-16-be"),
+        "line",
+        "broken JSON: Expecting value at column 1; it has zero bytes in it, perhaps: iconv -f UTF-16",
+    ),
     ("pretrain", b'{"text": "a"', "line", "broken JSON: Expecting ',' delimiter at column 13"),
     (
         "pretrain",

@@ -191,6 +191,14 @@ def test_mistakes_are_one_sentence(run_dir, tmp_path):
         main(["report", str(run_dir)])
 
 
+def test_a_slip_in_the_name_costs_no_weights(run_dir, tmp_path):
+    weights = tmp_path / "full_sft_64.pth"
+    weights.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"--output .*full_sft_64.pth is there and ends in no .html"):
+        main(["report", str(run_dir), "--output", str(weights)])
+    assert weights.read_bytes() == b"weights"
+
+
 def test_a_page_that_cannot_be_written(run_dir):
     for path in ("/proc/none/report.html", "/dev/null", str(run_dir)):
         with pytest.raises(UserError, match="could not write"):

@@ -13,6 +13,7 @@ from chat.models import random_model
 from minimind.chat.generate import generate
 from minimind.chat.options import SamplingOptions
 from minimind.data.records import TAGS
+from minimind.server import prompts
 
 from .live import ASK, CHAT, COMPLETE, CONFIG, TOKENIZER, Live, chat_ids, running, served, shown
 from .scripted import Scripted, bytes_as_tokens
@@ -334,6 +335,14 @@ def test_text_is_never_a_control_token(live, monkeypatch, text):
 
 
 # ---- Figures ----
+
+
+def test_a_bug_is_answered_and_counted(script, monkeypatch):
+    live, _ = script
+    monkeypatch.setattr(prompts, "check_bytes", lambda *_: 1 / 0)
+    response = live.http.post(CHAT, json={"messages": ASK})
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert f'minimind_requests_total{{path="{CHAT}",status="500"}} 1.0' in live.http.get("/metrics").text
 
 
 def test_metrics_count_what_was_done(script):

@@ -378,6 +378,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(options, monkeypatch,
     with pytest.raises(UserError, match=r"could not write .*step_00000004"):
         run(replace(options, save_interval=2, max_steps=4))
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000002"]
+    left = options.out_dir / "pretrain_64.pth"  # far smaller than a checkpoint, so there may be room for it
+    monkeypatch.undo()
+    whole = run(replace(options, save_interval=2, max_steps=4, out_dir=options.out_dir / "whole"))
+    ours, theirs = torch.load(left), torch.load(whole.weights_path)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def command(options, *more: str) -> list[str]:

@@ -147,6 +147,32 @@ def test_shared_out_or_copied_the_training_is_the_same_and_goes_on_with_any_othe
     assert_same(alone, metrics(run(replace(alone.options, out_dir=out_dir, from_resume=True))), out_dir)
 
 
+def test_several_processes_are_estimated_as_they_train(options):
+    names = ("data_path", "dtype", "compile", *SIZE)
+    flags = [f"--{name}={getattr(options, name)}" for name in names]
+    command = [
+        sys.executable,
+        *torchrun(2),
+        "-m",
+        "minimind",
+        "estimate",
+        "pretrain",
+        *flags,
+        "--parallel=fsdp",
+    ]
+    done = subprocess.run(
+        [*command, "--global_batch_size=12"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("it fits") == 1
+
+
 def test_passes_in_bf16_do_not_share_what_comes_and_goes_with_sharded_weights(options, tmp_path):
     given = replace(options, max_steps=8, optimizer="adamw", dtype="bfloat16", compile="0")
     alone = run(replace(given, out_dir=tmp_path / "alone", epochs=9, batch_size=4, accumulation_steps=3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import termios
@@ -40,6 +41,19 @@ def test_signals_save_and_stop_the_command(options, tmp_path, number):
     assert "--from_resume 1 goes on from here" in out
     assert list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
     assert (options.out_dir / "pretrain_64.pth").is_file()
+
+
+def test_a_reader_that_leaves_and_a_full_disk_under_the_log_cost_nothing(options):
+    quick = command(options, "--accumulation_steps=1", "--log_interval=1")
+    for more in (["| head -1"], ["> /dev/full"]):
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", " ".join([shlex.join(quick), *more])],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert list_checkpoints(options.out_dir / "runs" / "pretrain_64" / "checkpoints")
+        (options.out_dir / "pretrain_64.pth").unlink()
 
 
 @pytest.mark.parametrize("piped", [False, True])
