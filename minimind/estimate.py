@@ -247,10 +247,8 @@ def reading_seconds(trainer: Trainer) -> float:
 def rows_read(trainer: Trainer) -> int:
     """Rows that are read without training: in the evaluations, and to score them first where that is done."""
     rows = sum(data.num_rows for data in trainer.datasets()) if trainer.objective.scores_first else 0
-    if trainer.held_out:
-        evaluations = (trainer.total_steps - 1) // trainer.eval_interval  # and one at the end
-        rows += evaluations * trainer.rows_to_evaluate(full=False) + trainer.rows_to_evaluate(full=True)
-    return rows
+    evaluations = (trainer.total_steps - 1) // trainer.eval_interval  # and one at the end
+    return rows + evaluations * trainer.rows_to_evaluate(full=False) + trainer.rows_to_evaluate(full=True)
 
 
 def saves(trainer: Trainer) -> int:

@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from minimind.errors import UserError
+
 RUN, LOG = "run.json", "metrics.jsonl"
 LAST_SAVED, PREVIOUS = "last_saved", "previous"
 
@@ -36,6 +40,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return run if isinstance(run, dict) else {}
+
+
+def alone_in(folder: Path) -> AcquireReturnProxy:
+    """Hold a run's folder. Raises: UserError when another process is at work in it."""
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is at work in {folder}; wait for it, or choose another --out_dir"
+        ) from None
 
 
 def keep_last_saved(folder: Path) -> None:

@@ -15,16 +15,14 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minimind.chat_template import CHAT_TEMPLATE
+from minimind.data.lines import BadRecord, no_records, read_lines
 from minimind.data.records import (
     KINDS,
     AskedKind,
-    BadRecord,
     InvalidLine,
     OnBadRecord,
     decode_text,
     kind_of,
-    no_records,
-    read_lines,
     read_records,
     text_of,
 )

@@ -20,17 +20,9 @@ from typing import Any, BinaryIO, get_args
 import msgspec
 
 from minimind.data.json_lines import read_items
+from minimind.data.lines import BadRecord, no_records
 from minimind.data.llamafactory import LAYOUTS, Layout, format_of
-from minimind.data.records import (
-    ANY_OBJECT,
-    BadRecord,
-    InvalidLine,
-    Kind,
-    OnBadRecord,
-    decode_line,
-    no_records,
-    parse_line,
-)
+from minimind.data.records import ANY_OBJECT, InvalidLine, Kind, OnBadRecord, decode_line, parse_line
 from minimind.errors import UserError
 from minimind.files import atomic_write, refuse_to_replace, write_text
 from minimind.flags import REQUIRED, flag, parse_flags

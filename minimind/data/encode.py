@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind.data.records import TAG, BadRecord, Block, Kind, chats_of, parse_block
+from minimind.data.lines import BadRecord, Block
+from minimind.data.records import TAG, Kind, chats_of, parse_block
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 

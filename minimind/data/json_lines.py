@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimind.data.records import (
+from minimind.data.lines import (
     BLOCK_BYTES,
     BOM,
     MAX_LINE_BYTES,

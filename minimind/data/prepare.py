@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minimind.data.encode import EncodedBlock, encode_blocks
-from minimind.data.records import BadRecord, Kind, OnBadRecord, no_records, open_file, read_blocks
+from minimind.data.lines import BadRecord, no_records, open_file, read_blocks
+from minimind.data.records import Kind, OnBadRecord
 from minimind.data.store import BAD_RECORDS, FORMAT_VERSION, StoreWriter, TokenStore
 from minimind.environment import available_cores
 from minimind.errors import UserError

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from minimind.data.encode import EncodedBlock, token_dtype
-from minimind.data.records import BadRecord, Kind
+from minimind.data.lines import BadRecord
+from minimind.data.records import Kind
 
 FORMAT_VERSION = 2
 BAD_RECORDS = "bad_records.jsonl"

@@ -31,7 +31,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from minimind.data.records import ANY_OBJECT, BadRecord, InvalidLine, decode_line, read_lines, wrong_field
+from minimind.data.lines import BadRecord, read_lines
+from minimind.data.records import ANY_OBJECT, InvalidLine, decode_line, wrong_field
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 
 from minimind.config import model_config
@@ -34,7 +33,7 @@ from minimind.errors import UserError
 from minimind.evaluate.run_report import REPORT, SAMPLES
 from minimind.files import check_writable, write_text
 from minimind.model import MiniMind
-from minimind.runs import RUN, bring_back_last_saved, keep_last_saved, run_folder, set_aside
+from minimind.runs import RUN, alone_in, bring_back_last_saved, keep_last_saved, run_folder, set_aside
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
 from minimind.train.checkpoint import CheckpointWriter, list_checkpoints, load_state, random_state
@@ -94,16 +93,6 @@ def train(stage: Stage, options: TrainOptions) -> int:
             code = trainer.run()
     parallel.close()
     return code
-
-
-def alone_in(run_dir: Path) -> AcquireReturnProxy:
-    """Hold a run's folder. Raises: UserError when another process is at work in it."""
-    try:
-        return FileLock(run_dir / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another run is at work in {run_dir}; wait for it, or choose another --out_dir"
-        ) from None
 
 
 class Trainer:
@@ -341,19 +330,16 @@ class Trainer:
     def evaluate(self, step: int, full: bool) -> None:
         if self.held_out is None:
             return
-        rows = self.rows_to_evaluate(full)
-        scores = self.objective.evaluate(
-            self.model, self.held_out, self.tokenizer, self.parallel, self.shares.batch_size, rows
-        )
+        how = self.parallel, self.shares.batch_size, self.rows_to_evaluate(full)
+        scores = self.objective.evaluate(self.model, self.held_out, self.tokenizer, *how)
         self.monitor.evaluation(step, scores)
 
     def rows_to_evaluate(self, full: bool) -> int:
-        """All held-out rows at the end, some before; no more than cost a third of the training between."""
-        assert self.held_out is not None
-        steps = self.total_steps if full else self.eval_interval
-        worthwhile = max(1, steps * self.shares.rows_per_step)  # to read is a third of the work of a step
-        most = self.held_out.num_rows if full else max(1, EVAL_TOKENS // self.options.max_seq_len)
-        return min(most, worthwhile)
+        """All at the end, before it some; no more than were trained on, which takes three times as long."""
+        rows = self.held_out.num_rows if self.held_out else 0
+        some = self.eval_interval, EVAL_TOKENS // self.options.max_seq_len
+        steps, most = (self.total_steps, rows) if full else some
+        return min(rows, max(1, min(most, steps * self.shares.rows_per_step)))
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` and the weight file."""

@@ -15,8 +15,8 @@ from store_samples import CHATS, PAIRS, TEXTS, arrays, big_file
 
 from minimind.data import prepare as prepare_module
 from minimind.data import store as store_module
+from minimind.data.lines import read_blocks
 from minimind.data.prepare import prepare
-from minimind.data.records import read_blocks
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer

@@ -19,8 +19,8 @@ from store_samples import CHATS, TEXTS, arrays, big_file
 
 from minimind.data import encode
 from minimind.data import prepare as prepare_module
+from minimind.data.lines import Block
 from minimind.data.prepare import prepare
-from minimind.data.records import Block
 from minimind.data.store import StoreWriter, TokenStore
 from minimind.errors import UserError
 

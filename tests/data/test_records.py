@@ -8,8 +8,9 @@ import tracemalloc
 
 import pytest
 
-from minimind.data import records
-from minimind.data.records import BadRecord, read_records
+from minimind.data import lines as lines_of
+from minimind.data.lines import BadRecord
+from minimind.data.records import read_records
 from minimind.errors import UserError
 
 
@@ -269,7 +270,7 @@ def test_a_very_long_line_is_reported_without_being_held(tmp_path, zipped):
 
 def test_the_limit_of_a_line_is_exact(write_lines):
     frame = len(b'{"text": ""}')
-    fits = {"text": "x" * (records.MAX_LINE_BYTES - frame)}
+    fits = {"text": "x" * (lines_of.MAX_LINE_BYTES - frame)}
     too_long = {"text": fits["text"] + "x"}
     path, bad_records = write_lines(fits, too_long, fits, GOOD["pretrain"]), []
     found = read_records(path, "pretrain", on_bad_record="skip", bad_records=bad_records)
@@ -283,8 +284,8 @@ def test_block_borders_lose_nothing(tmp_path, monkeypatch, zipped):
     lines = [b'{"text": "%s"}' % (b"x" * (n % 97 + 1)) for n in range(500)]
     content = b"\n".join(lines)
     path.write_bytes(gzip.compress(content) if zipped else content)
-    monkeypatch.setattr(records, "BLOCK_BYTES", 256)
-    blocks = list(records.read_blocks(path))
+    monkeypatch.setattr(lines_of, "BLOCK_BYTES", 256)
+    blocks = list(lines_of.read_blocks(path))
     assert len(blocks) > 50
     assert b"".join(block.data for block in blocks) == content
     assert [block.first_line for block in blocks[:2]] == [1, 1 + blocks[0].data.count(b"\n")]
