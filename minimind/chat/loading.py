@@ -64,7 +64,9 @@ class ShapeOptions:
                     found[not default, *shape.values()] = path
         if not found:
             wanted = f"{self.stage} weights" + (" of the shape asked for" if asked else "")
-            raise UserError(f"{self.out_dir} has no {wanted}; make them with: {self.how_to_make}")
+            there = ", ".join(sorted(path.name for path in self.out_dir.glob(f"{self.stage}_*.pth")))
+            but = f", but {there}" if there else ""
+            raise UserError(f"{self.out_dir} has no {wanted}{but}; make them with: {self.how_to_make}")
         first, *others = (found[key] for key in sorted(found))
         if others:
             names = ", ".join(path.name for path in others)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 YOU, MODEL = "你 / you> ", "MiniMind> "
 HEADINGS = {"thinking": "思考 / thinking:", "answer": "回答 / answer:"}
+COMMANDS = "/clear 清空对话 forgets what was said; Ctrl-C 停止回答 stops an answer; /exit 结束 ends"
 DIM = "\x1b[2m{}\x1b[0m"
 
 
@@ -108,13 +109,15 @@ class Talk:
             return
         if choice is None:
             return
-        print("/clear 清空对话 forgets the conversation; Ctrl-C 停止回答 stops an answer; Ctrl-D 结束 ends")
+        print(COMMANDS)
         if choice not in ("", "1"):
             yield choice
-        while (text := read_line(f"\n{YOU}")) is not None:
+        while (text := read_line(f"\n{YOU}")) is not None and text not in ("/exit", "/quit"):
             if text == "/clear":
                 self.session.clear()
                 print("对话已清空 / forgotten")
+            elif text in ("/", "/help", "/?"):
+                print(COMMANDS)
             elif text:
                 yield text
 

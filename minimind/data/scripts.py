@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 
 LANGUAGES = ("chinese", "english", "other")
+NAMED_OTHERWISE = "\u212a\u212bℲⅎↃ"  # Latin letters: the signs for kelvin and ångström, turned F, reversed C
 NO_LETTER = len(LANGUAGES)  # digits, punctuation, white space, symbols
 
 
@@ -17,7 +18,7 @@ def language_of(letter: str) -> str:
     name = unicodedata.name(letter, "")
     if name.startswith("CJK ") or letter in "々〇":
         return "chinese"
-    return "english" if "LATIN" in name else "other"
+    return "english" if "LATIN " in name or letter in NAMED_OTHERWISE else "other"
 
 
 @cache

@@ -38,7 +38,7 @@ from minimind.tokenizer import Tokenizer
 class StatsOptions:
     file: Path = flag(REQUIRED, "JSONL file, plain or .gz", positional=True)
     kind: AskedKind = flag("auto", "what the records are; auto is told from the first", choices=KINDS)
-    max_seq_len: tuple[int, ...] = flag((512, 1024), "lengths of a row in tokens, to see what is cut off")
+    max_seq_len: tuple[int, ...] = flag((512, 1024, 2048), "lengths of a row in tokens: what is cut off")
     tokenizer_path: Path | None = flag(None, "folder of another tokenizer.json; without it the shipped one")
     picture: Path | None = flag(None, "where the picture goes; without it out/stats/ and the file's name")
     json: Path | None = flag(None, "file to write the figures to, for programs")

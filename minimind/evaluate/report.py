@@ -44,7 +44,9 @@ class Metric(NamedTuple):
 
     @property
     def shown_value(self) -> str:
-        return f"{self.value:.1f} %" if self.unit == "%" else f"{self.value:.4g}{self.unit}"
+        if self.unit == "%":
+            return f"{self.value:.1f} %"
+        return f"{self.value:.4g}{self.unit}" if self.unit else f"{self.value:.3f}"
 
     @property
     def shown_goal(self) -> str:

@@ -198,6 +198,13 @@ def test_nothing_typed_is_a_polite_end(talk, typed):
     assert talk(typed).rstrip().endswith("bye")
 
 
+def test_words_with_a_slash_are_no_questions(talk):
+    printed = talk("1\n/help\n/exit\n你好\n")
+    assert printed.count("/exit 结束 ends") == 2
+    assert "tokens/s" not in printed
+    assert printed.rstrip().endswith("bye")
+
+
 def test_a_question_instead_of_a_choice_is_answered(talk):
     assert talk("你好\n").count("tokens/s") == 1
 

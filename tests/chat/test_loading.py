@@ -49,6 +49,9 @@ def test_missing_weights_name_the_command_that_makes_them(tmp_path):
     message = refused("--out_dir", str(tmp_path), "--hidden_size", "768")
     command = f"python trainer/train_full_sft.py --hidden_size 768 --out_dir {tmp_path}"
     assert message.endswith(f"no full_sft weights of the shape asked for; make them with: {command}")
+    save_random(tmp_path / "full_sft_64.pth")
+    message = refused("--out_dir", str(tmp_path), "--hidden_size", "768")
+    assert "no full_sft weights of the shape asked for, but full_sft_64.pth; make them with" in message
 
 
 def test_weights_of_another_shape_are_refused_with_both_sizes(out, tmp_path):

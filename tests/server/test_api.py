@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import httpx
 import openai
 import pytest
 import torch
@@ -342,7 +343,8 @@ def test_a_bug_is_answered_and_counted(script, monkeypatch):
     monkeypatch.setattr(prompts, "check_bytes", lambda *_: 1 / 0)
     response = live.http.post(CHAT, json={"messages": ASK})
     assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
-    assert f'minimind_requests_total{{path="{CHAT}",status="500"}} 1.0' in live.http.get("/metrics").text
+    text = httpx.get(f"{live.url}/metrics").text  # the connection was closed
+    assert f'minimind_requests_total{{path="{CHAT}",status="500"}} 1.0' in text
 
 
 def test_metrics_count_what_was_done(script):
