@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 from server.browser import chromium
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 # Nor shall the threads of the processes that tests start hold a core while they wait.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# And how long an example takes depends on what runs beside it.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 def pytest_xdist_auto_num_workers() -> int:

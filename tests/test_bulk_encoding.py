@@ -26,7 +26,7 @@ def test_the_shipped_tokenizer_has_one():
     assert TOKENIZER._bulk_encoder is not None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(st.characters(exclude_categories=[]), max_size=60) | st.text("ab 1。中国\n\t'sS!ſ", max_size=60)
 )

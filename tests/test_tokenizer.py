@@ -65,7 +65,7 @@ def test_digits_are_split_one_by_one(tokenizer):
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(text=any_text)
 def test_any_text_comes_back_and_never_holds_control_ids(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -161,7 +161,7 @@ def test_a_worker_gets_the_same_tokenizer(tokenizer):
     assert copy.encode_chat(CONVERSATION) == tokenizer.encode_chat(CONVERSATION)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ids=st.lists(st.integers(0, 6399)))
 def test_stream_gives_the_text_of_any_ids(tokenizer, ids):
     stream = StreamDecoder(tokenizer)

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minimind.chat.reasoning import ReasoningStream, split_reasoning
@@ -52,7 +52,6 @@ FRAGMENTS = st.sampled_from([*TAGS, "<", "</", "<thi", "answer>", ">", " ", "\n"
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
 
 
-@settings(deadline=None)
 @given(TEXTS, st.data())
 def test_it_does_not_matter_how_the_text_is_cut(text, data):
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))

@@ -19,7 +19,7 @@ from minimind.data.shuffle import Shuffle
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_shuffle_has_every_item_once(sizes, seed, epoch):
     shuffle = Shuffle(np.array(sizes), [seed, epoch])
     ranges = np.arange(len(sizes)).repeat(sizes)
@@ -91,7 +91,7 @@ def epoch_of(epochs: Epochs, epoch: int) -> list[list[tuple[int, int]]]:
 
 
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=60), st.integers(0, 2**32), st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_epoch_holds_every_segment_once(lengths, seed, epoch):
     segments = segments_of(lengths, 16)
     epochs = Epochs(segments, 16, seed)

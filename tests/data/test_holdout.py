@@ -28,7 +28,7 @@ def with_fingerprints(fingerprints: list[int]) -> TokenStore:
 
 
 @given(st.integers(0, 60), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_all_but_some(total, data):
     left_out = sorted(data.draw(st.sets(st.integers(0, total - 1)))) if total else []
     numbers = AllBut(total, np.array(left_out, np.int64))
@@ -97,7 +97,7 @@ def plain_choice(fingerprints: list[int], wanted: int) -> list[int]:
     st.integers(1, 40),
     st.integers(1, 50),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_parts_make_no_difference(fingerprints, wanted, together):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(holdout, "TOGETHER", together)

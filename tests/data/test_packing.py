@@ -30,7 +30,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
 
 
 @given(st.data(), st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pack_is_best_fit_decreasing(data, capacity):
     lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80))
     rows = pack(np.bincount(lengths), capacity)
@@ -45,7 +45,7 @@ def test_nothing_packs_into_no_rows():
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=80))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_slots_of_a_length_are_numbered_through(lengths):
     rows = pack(np.bincount(lengths), 12)
     slots = rows.slots(np.arange(len(rows)))
@@ -79,7 +79,7 @@ def check_cuts(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 @given(st.data(), st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pieces_make_up_what_was_cut(data, capacity):
     lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80))
     pieces = check_cuts(np.array(lengths), capacity)

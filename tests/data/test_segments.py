@@ -66,7 +66,7 @@ def stretches_of(store: TokenStore, segments: Segments) -> list[tuple[int, int, 
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=60), st.integers(1, 24))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_token_of_a_text_is_a_label_once(lengths, max_seq_len):
     store = store_of(lengths)
     documents = np.arange(len(lengths))[::2]
@@ -82,7 +82,7 @@ def test_every_token_of_a_text_is_a_label_once(lengths, max_seq_len):
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=60), st.integers(1, 24))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_parts_make_no_difference(lengths, max_seq_len):
     store = store_of(lengths)
     whole, report = make_segments(store, all_documents(store), max_seq_len, EOS)
@@ -143,7 +143,7 @@ TURNS = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, ma
 
 
 @given(st.lists(TURNS, min_size=1, max_size=12), st.integers(1, 40), st.integers(1, 60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_conversations_end_with_the_last_answer_that_fits(conversations, max_seq_len, slab):
     store = build_store(conversations)
     documents = np.arange(store.num_documents)[: store.num_documents - 1 or None]
@@ -185,7 +185,7 @@ def test_a_conversation_longer_than_a_small_number_can_say():
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=40), st.integers(2, 60), st.integers(0, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pairs_are_kept_whole_or_dropped(lengths, max_seq_len, left_out):
     lengths = lengths[: len(lengths) // 2 * 2]
     store = store_of(lengths, "preference", weights=[1] * sum(lengths))

@@ -139,7 +139,7 @@ contents = st.text(max_size=12) | st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(texts=st.lists(contents, min_size=1, max_size=5), system=st.none() | contents)
 def test_marked_tokens_are_those_that_we_train_on(both, texts, system):
     """In any text but what runs into the template around it, which they encode as one and we never do."""

@@ -22,7 +22,6 @@ from .live import Live, running, served
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_REQUESTS", 150)),
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 PATHS = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
