@@ -220,6 +220,7 @@ class Trainer:
                 self.finish_saving()
             except UserError:
                 self.save_weights()  # far smaller; there may be room for them at least
+                self.say(f"the last checkpoint is not written, but {self.weights_path} is")
                 raise
             weights = None
             if self.parallel.sharded or self.done == start:  # then what there was to train may lack its file
