@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 from minimind.cli import COMMANDS
-from minimind.flags import parser_settings
+from minimind.flags import named_path, parser_settings
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -46,7 +45,7 @@ def whole_parser() -> argparse.ArgumentParser:
         module, function = command.function.split(":")
         parser = parser_of(getattr(import_module(module), function))
         for action in parser._actions:
-            if action.type is Path:
+            if action.type is named_path:
                 is_folder = action.dest.endswith(("_dir", "tokenizer_path"))
                 action.complete = shtab.DIRECTORY if is_folder else shtab.FILE  # type: ignore[attr-defined]
         groups.get(group, top).add_parser(rest, help=command.purpose, parents=[parser], add_help=False)

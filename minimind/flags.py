@@ -30,14 +30,14 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither yes nor no: write 1 or 0")
 
 
-def path(text: str) -> Path:
+def named_path(text: str) -> Path:
     """Not the current folder for a variable of the shell that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path; name a file or folder")
     return Path(text)
 
 
-TYPES: dict[type, Callable[[str], Any]] = {Path: path}  # others read a flag's text as they are
+TYPES: dict[type, Callable[[str], Any]] = {Path: named_path}  # others read a flag's text as they are
 
 
 def flag(
