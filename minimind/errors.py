@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -35,7 +34,8 @@ def run_cli(main: Callable[[], int | None] | str) -> None:
             code = getattr(import_module(module), function)() or 0
         else:
             code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout:  # none where it was closed
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
@@ -52,13 +52,18 @@ def run_cli(main: Callable[[], int | None] | str) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `… | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         code = 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        with suppress(OSError):  # what could not be written is not tried again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def discard_output() -> None:
+    """Let what is printed, and what could not be, go nowhere: Python would try it again at the end."""
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -306,11 +306,12 @@ def state_bytes(trainer: Trainer) -> int:
     """Bytes of fp32 weights, and where they are trained, of gradients and what the optimizer keeps."""
     import torch
 
-    kept = {torch.optim.Muon: 1, torch.optim.AdamW: 2}  # numbers for each weight
     numbers = sum(p.numel() for p in trainer.model.parameters())
     for optimizer in trainer.engine.optimizers:
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        numbers += trained * (1 + next(n for kind, n in kept.items() if isinstance(optimizer, kind)))
+        numbers += trained * (
+            3 if isinstance(optimizer, torch.optim.AdamW) else 2
+        )  # Muon keeps one, AdamW two
     return 4 * numbers
 
 

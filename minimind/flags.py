@@ -37,9 +37,6 @@ def named_path(text: str) -> Path:
     return Path(text)
 
 
-TYPES: dict[type, Callable[[str], Any]] = {Path: named_path}  # others read a flag's text as they are
-
-
 def flag(
     default: Any,
     help: str,
@@ -112,7 +109,11 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
         several = typing.get_origin(hint) is tuple  # `minimind data download one.jsonl two.jsonl`
         hint = typing.get_args(hint)[0] if several else hint
         nargs = ("*" if several else "?") if default is not REQUIRED else "+" if several else None
-        return arguments | {"type": TYPES.get(hint, hint), "nargs": nargs, "metavar": item.name.upper()}
+        return arguments | {
+            "type": named_path if hint is Path else hint,
+            "nargs": nargs,
+            "metavar": item.name.upper(),
+        }
     if hint is bool:
         return arguments | {"type": boolean, "nargs": "?", "const": True, "metavar": "0|1"}
     if typing.get_origin(hint) is tuple:  # `--lora_name first second`, `--sizes_gb 0.1 1`
@@ -123,4 +124,7 @@ def argument(item: Field, hint: Any) -> dict[str, Any]:
     if word := item.metadata["word"]:
         return arguments | {"type": number_or(word), "metavar": f"INT|{word}"}
     names = {Path: "PATH"} | ({str: "NAME"} if "nargs" in arguments else {})
-    return arguments | {"type": TYPES.get(hint, hint), "metavar": names.get(hint, hint.__name__.upper())}
+    return arguments | {
+        "type": named_path if hint is Path else hint,
+        "metavar": names.get(hint, hint.__name__.upper()),
+    }

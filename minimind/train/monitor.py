@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from minimind.errors import discard_output
 from minimind.files import write_text
 from minimind.model import MiniMind
 from minimind.runs import LOG
 from minimind.train.loggers import Loggers, RunInfo
-from minimind.train.signals import output_may_break, silence_output
+from minimind.train.signals import output_may_break
 
 EVALUATION = {  # how the scores on held-out data are shown
     "eval_loss": "loss {:.3f}",
@@ -32,7 +33,7 @@ EVALUATION = {  # how the scores on held-out data are shown
 
 class Output(Console):
     def on_broken_pipe(self) -> None:  # rich would end the process
-        silence_output()
+        discard_output()
 
 
 class Monitor:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from minimind.errors import discard_output
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop; raised between two batches, with the weights of the last full step."""
@@ -46,12 +48,7 @@ def output_may_break() -> Iterator[None]:
     try:
         yield
     except OSError:
-        silence_output()
-
-
-def silence_output() -> None:
-    """What waits in the buffer must go somewhere at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
 
 
 def stop_speaking() -> None:
