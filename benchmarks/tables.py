@@ -67,9 +67,10 @@ def training_speed(result: Result, pick: Pick) -> str:
         comparison_table(compared, pick("有效 token/s", "useful tokens/s"), pick)
         + "\n\n"
         + pick(
-            f"MiniMind 用到实测 bf16 矩阵乘速度的 {least} 到 {most}，等数据的时间最多占一步的 {waited}。",
-            f"MiniMind uses {least} to {most} of the measured rate of bf16 matrix products. Waiting for data "
-            f"takes {waited} of a step at most.",
+            f"MiniMind 用到同时测得的 bf16 矩阵乘速度的 {least} 到 {most}，"
+            f"等数据的时间最多占一步的 {waited}。",
+            f"MiniMind uses {least} to {most} of the rate of bf16 matrix products meanwhile. Waiting for "
+            f"data takes {waited} of a step at most.",
         )
     )
 

@@ -10,14 +10,17 @@ litgpt             `litgpt pretrain` with its defaults (bf16-mixed, torch.compil
 
 All train the same shape of model, as many rows in a step, each in a process of its own, in turn, so that a
 noisy machine disturbs all alike. A useful token is a position that is not padding and has a next token of its
-row to predict. A share of the matrix-product rate counts 6 operations for a parameter and useful token.
+row to predict. A share of the matrix-product rate counts 6 operations for a parameter and useful token. It is
+of the rate meanwhile, seen by a product before each pass forward and backward of one step: on a shared
+machine the rate changes by more than half within seconds.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +49,11 @@ from minimind.errors import run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, ROOT
 from minimind.stages import pretrain, sft
-from minimind.train.monitor import matmul_rate
+from minimind.train.loop import Trainer
 
 DATA: dict[str, Kind] = {"pretrain_hq": "pretrain", "sft_mini_512": "conversation"}
-BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 4)}  # rows in a pass, passes in a step
-PRODUCTS = 20  # tries at the rate of matrix products after each setting
+BATCH = {"tiny": (16, 1), "small": (16, 4), "base": (8, 8)}  # rows in a pass, passes in a step
+PRODUCT = 2048  # rows and columns of the matrices whose product shows the machine's rate
 AHEAD = 2  # steps whose rows `prefetch` has made before they are asked for
 NO_LITGPT = "not measured: no --litgpt_python"
 
@@ -90,15 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.litgpt_python:
         check_python(options.litgpt_python)
     found = settings(options)
-    results, peaks = [], []
-    for setting in found:
-        results.append(measure(setting, options))
-        # The best of many: others on the machine slow products down to a fifth, for seconds or minutes.
-        peaks += [matmul_rate(torch.device("cpu"), torch.bfloat16) for _ in range(PRODUCTS)]
-    for result in results:
-        own = statistics.median(result["tokens_per_s"]["minimind"])
-        result["of_matmul_rate"] = 6 * PRESETS[result["preset"]].num_parameters * own / max(peaks)
-    written: dict[str, Any] = {"matmul_bf16_flops": max(peaks), "settings": results}
+    results = [measure(setting, options) for setting in found]
+    written: dict[str, Any] = {"settings": results}
     if options.profile:
         written["profile"] = profiled(found)
     report(results, written.get("profile"))
@@ -125,7 +121,7 @@ def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rates = rates_in_turn(rivals(setting, options.litgpt_python, folder), options.rounds)
-        (waiting,) = notes(folder / "waiting.jsonl")
+        (shares,) = notes(folder / "shares.jsonl")
     return {
         "preset": setting.preset,
         "data": setting.data,
@@ -134,7 +130,7 @@ def measure(setting: Setting, options: BenchmarkOptions) -> dict[str, Any]:
         "passes": setting.passes,
         "tokens_per_s": rates,
         "litgpt": None if setting.kind == "conversation" or options.litgpt_python else NO_LITGPT,
-        "waiting_for_data": waiting["share"],
+        **shares,
     }
 
 
@@ -164,17 +160,50 @@ def minimind(setting: Setting, folder: Path) -> Work:
         tokens = steps.step()
         if is_first:
             is_first = False
-            note(folder / "waiting.jsonl", share=waiting_share(steps))
+            note(folder / "shares.jsonl", **shares(steps, setting.preset))
         return tokens
 
     return step
 
 
-def waiting_share(steps: OwnSteps) -> float:
-    """Share of a step that waits for its rows, right after the steps whose rows were there before."""
-    for _ in range(AHEAD + 1):
+def shares(steps: OwnSteps, preset: str) -> dict[str, float]:
+    """What a step makes of the machine, right after the steps whose rows were there before."""
+    for _ in range(AHEAD):
         steps.step()
-    return steps.waited / steps.took
+    with products_between_passes(steps.trainer) as seconds:
+        tokens = steps.step()
+    took = steps.took - sum(seconds)
+    rate = 2 * PRODUCT**3 * len(seconds) / sum(seconds)  # operations a second
+    return {
+        "of_matmul_rate": 6 * PRESETS[preset].num_parameters * tokens / took / rate,
+        "matmul_bf16_flops": rate,
+        "waiting_for_data": steps.waited / took,
+    }
+
+
+@contextmanager
+def products_between_passes(trainer: Trainer) -> Iterator[list[float]]:
+    """A product of two bf16 matrices before each pass forward and backward; gives their seconds."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT, dtype=torch.bfloat16)
+    out = a @ b  # the first one pays for the kernel's set-up
+    seconds = []
+
+    def after_a_product(function: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            began = time.perf_counter()
+            torch.mm(a, b, out=out)
+            seconds.append(time.perf_counter() - began)
+            return function(*arguments)
+
+        return call
+
+    loss, backward = trainer.objective.loss, trainer.engine.backward
+    trainer.objective.loss = after_a_product(loss)  # type: ignore[method-assign]
+    trainer.engine.backward = after_a_product(backward)  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        trainer.objective.loss, trainer.engine.backward = loss, backward  # type: ignore[method-assign]
 
 
 def own_steps(setting: Setting, folder: Path, compile: str) -> OwnSteps:

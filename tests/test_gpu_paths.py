@@ -174,19 +174,21 @@ def test_a_gpus_pass_takes_part_of_its_memory(monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: 24e9)
     gpu = torch.device("cuda")
     rows = {
-        hidden: memory.rows_worthwhile(ModelConfig(hidden_size=hidden), 1e8, 512, gpu)
-        for hidden in (256, 768)
+        hidden: memory.rows_worthwhile(ModelConfig(hidden_size=hidden), 512, gpu) for hidden in (256, 768)
     }
     assert 30 < rows[768] < rows[256] < 300
-    assert memory.rows_worthwhile(ModelConfig(), 1e8, 32768, gpu) == 1
+    assert memory.rows_worthwhile(ModelConfig(), 32768, gpu) == 1
 
 
-@pytest.mark.parametrize(("mostly_frozen", "rows"), [(False, 13), (True, 1)])
-def test_a_cpus_pass_takes_seconds(mostly_frozen, rows):
-    assert memory.rows_worthwhile(ModelConfig(), 1.5e8, 512, torch.device("cpu"), mostly_frozen) == rows
+@pytest.mark.parametrize(
+    ("length", "mostly_frozen", "rows"),
+    [(512, False, 8), (512, True, 2), (340, False, 12), (8192, False, 1), (8192, True, 1)],
+)
+def test_a_cpus_pass_has_some_thousand_tokens(length, mostly_frozen, rows):
+    assert memory.rows_worthwhile(ModelConfig(), length, torch.device("cpu"), mostly_frozen) == rows
 
 
 def test_a_pass_of_a_mixture_on_a_cpu_has_more_rows():
     cpu = torch.device("cpu")
-    assert memory.rows_worthwhile(ModelConfig(), 5.5e8, 512, cpu) == 3
-    assert memory.rows_worthwhile(PRESETS["moe"], 5.5e8, 512, cpu) == 5
+    assert memory.rows_worthwhile(ModelConfig(), 512, cpu) == 8
+    assert memory.rows_worthwhile(PRESETS["moe"], 512, cpu) == 13

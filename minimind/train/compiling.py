@@ -2,7 +2,8 @@
 
 On a CPU the code is made by whatever C++ compiler the machine has. GCC 12 does not know processors newer than
 itself: for one with AMX it fell back to instructions of no particular processor, and the gradients of the
-attention's keys came out as NaN.
+attention's keys came out as NaN. And a process that is killed while it compiles can leave an empty library,
+which PyTorch then finds at each later start.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +87,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def computes_the_same(model: MiniMind, batch: Batch, parallel: Parallel) -> bool:
-    """Whether the compiled decoder's outputs and gradients are those of the plain one.
+def fault_of_compiled(model: MiniMind, batch: Batch, parallel: Parallel) -> str | None:
+    """Why the compiled decoder is not to be used; None if its outputs and gradients are the plain one's.
 
     It takes a pass on `batch`, of the shape that training will use, and leaves no gradients. The plain
     decoder keeps more for its backward pass and gets its rows one by one, or this check would take more
@@ -96,10 +98,38 @@ def computes_the_same(model: MiniMind, batch: Batch, parallel: Parallel) -> bool
     inputs = (batch.input_ids, batch.position_ids, batch.document_ids)
     with uncompiled(model):
         expected = outputs_and_gradients(model, inputs, parallel, rows_at_once=1)
-    found = outputs_and_gradients(model, inputs, parallel, rows_at_once=len(batch.input_ids))
-    # Written so that NaN is a difference.
-    same = all((a - b).norm() <= TOLERANCE * b.norm() for a, b in zip(found, expected, strict=True))
-    return not parallel.any(not same)
+    fault = None
+    try:
+        found = compiled_outputs_and_gradients(model, inputs, parallel)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        lines = str(error.inner_exception).splitlines() or [type(error.inner_exception).__name__]
+        fault = next((line for line in lines if "error: " in line), lines[0])  # the compiler's own word
+    else:
+        # Written so that NaN is a difference.
+        if not all((a - b).norm() <= TOLERANCE * b.norm() for a, b in zip(found, expected, strict=True)):
+            fault = "its code computes something else"
+    return (fault or "it does not in another process") if parallel.any(fault is not None) else None
+
+
+def compiled_outputs_and_gradients(
+    model: MiniMind, inputs: tuple[Tensor, Tensor, Tensor], parallel: Parallel
+) -> tuple[Tensor, Tensor]:
+    """As `outputs_and_gradients`; each broken library that PyTorch had kept is removed and made once more.
+
+    Raises: BackendCompilerFailed.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    removed = set()
+    while True:
+        try:
+            return outputs_and_gradients(model, inputs, parallel, rows_at_once=len(inputs[0]))
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            library = Path(getattr(error.inner_exception, "path", None) or "")  # an ImportError's
+            if library in removed or not library.is_relative_to(cache_dir()):
+                raise
+            library.unlink(missing_ok=True)
+            removed.add(library)
 
 
 def outputs_and_gradients(

@@ -144,13 +144,8 @@ class Trainer:
         self.num_parameters = self.model.num_parameters
         self.num_trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         rows, wanted = options.rows_per_step, options.batch_size
-        worthwhile = rows_worthwhile(
-            self.config,
-            self.flops_per_token,
-            options.max_seq_len,
-            parallel.device,
-            mostly_frozen=2 * self.num_trainable < self.num_parameters,
-        )
+        frozen = 2 * self.num_trainable < self.num_parameters
+        worthwhile = rows_worthwhile(self.config, options.max_seq_len, parallel.device, frozen)
         at_once = min(rows if options.fits_batch_size else wanted, worthwhile)
         self.shares = Shares(self.data.num_rows, rows, at_once, parallel.rank, parallel.world_size)
         self.total_steps = min(options.epochs * self.shares.steps_per_epoch, options.max_steps or 10**9)

@@ -20,12 +20,14 @@ from minimind.train.engine import Engine
 from minimind.train.objective import Objective
 from minimind.train.parallel import Parallel
 
-# Floating-point operations: about five seconds on two cores. There 26 M parameters were trained at 1,280
-# tokens/s with 32 rows of 512 at once, at 1,550 with 12 (what this allows), and at 1,540 with 8.
-CPU_PASS = 1e12
+# Tokens in a pass on a CPU. With fewer, what a pass costs however small it is (casts of all weights, adding
+# up all gradients) takes a larger share; with more, less of what a layer leaves to the next stays in caches.
+# 24 rows of 512 took `small` 3.98 s in passes of 4, 3.03 of 8, 3.53 of 12 and 3.73 at once, `base` 9.5 of 3,
+# 8.6 of 8 and 8.2 of 12 (two Xeon cores; in turn, medians of 12 and the best of 6).
+CPU_TOKENS = 4096
 # With most weights frozen there are no gradients to add up, and smaller passes cost little: 8 rows of LoRA in
 # two layers of `small` took 0.58 s of one core at once, 0.57 in passes of 4 and 0.63 of 2 (what this allows).
-FROZEN_PASS = 1.3e11
+FROZEN_TOKENS = 1024
 GPU_PASS = 0.5  # share of a GPU's memory
 ELSEWHERE = 32  # rows
 USABLE = {"cuda": 0.92, "cpu": 0.8}  # share of the memory; the rest is for fragments, and for others
@@ -65,25 +67,21 @@ def check_weights_fit(config: ModelConfig, device: torch.device) -> None:
 
 
 def rows_worthwhile(
-    config: ModelConfig,
-    flops_per_token: float,
-    length: int,
-    device: torch.device,
-    mostly_frozen: bool = False,
+    config: ModelConfig, length: int, device: torch.device, mostly_frozen: bool = False
 ) -> int:
     """The most rows of `length` tokens in a pass, however many more are asked for.
 
     A CPU is no faster with more, and answers a signal between two passes. But a pass casts the weights of all
     experts and adds up their gradients, however few a token meets: `moe` took 1.90 s of a core for 1,000
-    tokens with 3 rows at once, 1.72 with 5. A GPU waits less the larger they are (an H100 trained `small` at
-    797,000 tokens/s with 128 rows at once, at 624,000 with 32), so there it is what surely fits.
+    tokens with 3 rows at once, 1.72 with 5, 1.62 with 10. A GPU waits less the larger they are (an H100
+    trained `small` at 797,000 tokens/s with 128 rows at once, at 624,000 with 32), so there it is what surely
+    fits.
     """
     if device.type == "cpu":
         shared, met = config.num_shared_experts, config.num_experts_per_tok
         weights = (config.num_experts + shared) / (met + shared) if config.num_experts else 1.0
-        return max(
-            1, int((FROZEN_PASS if mostly_frozen else CPU_PASS) * weights / (flops_per_token * length))
-        )
+        tokens = FROZEN_TOKENS if mostly_frozen else CPU_TOKENS
+        return max(1, int(tokens * weights / length))
     if device.type != "cuda":
         return ELSEWHERE
     return max(1, int(GPU_PASS * total_memory(device) / (activation_bytes(config) * length)))

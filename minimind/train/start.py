@@ -25,7 +25,7 @@ from minimind.train.checkpoint import (
     newest_checkpoint,
     set_random_state,
 )
-from minimind.train.compiling import computes_the_same
+from minimind.train.compiling import fault_of_compiled
 from minimind.train.memory import check_weights_fit
 from minimind.train.options import TrainOptions
 from minimind.weights import check_tokenizer, load_model
@@ -74,13 +74,15 @@ def initial_model(trainer: Trainer) -> tuple[MiniMind, Path | None]:
 
 
 def check_compiled(trainer: Trainer) -> None:
-    """Go on without the compiler if what it made is wrong here."""
+    """Go on without the compiler if it fails here, or what it made is wrong."""
     trainer.say("compiling for this CPU, which takes longest the first time")
     rows = trainer.shares.rows_at_once
-    if not computes_the_same(trainer.model, trainer.data.batch(0, 0, rows, min_rows=rows), trainer.parallel):
+    batch = trainer.data.batch(0, 0, rows, min_rows=rows)
+    fault = fault_of_compiled(trainer.model, batch, trainer.parallel)
+    if fault:
         trainer.compiled = False
         torch.compiler.set_stance("force_eager")
-        trainer.say("torch.compile's code computes something else on this machine; going on without it")
+        trainer.say(f"torch.compile does not work on this machine ({fault}); going on without it")
 
 
 def resume(trainer: Trainer) -> int:

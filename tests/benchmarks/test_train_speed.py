@@ -48,7 +48,8 @@ def test_every_rival_has_a_rate_and_the_step_its_parts(tmp_path):
         assert all(len(rates) == 1 and rates[0] > 0 for rates in setting["tokens_per_s"].values())
         assert (setting["preset"], setting["rows"], setting["passes"]) == ("tiny", 2, 1)
         assert 0 <= setting["waiting_for_data"] < 1
-        assert setting["of_matmul_rate"] > 0
+        assert 0 < setting["of_matmul_rate"] < 1
+        assert setting["matmul_bf16_flops"] > 0
     seconds = results["profile"]["seconds"]
     assert list(seconds) == list(PARTS)
     assert min(seconds[part] for part in (ATTENTION, MLP_PRODUCTS, VOCABULARY, OPTIMIZER)) > 0

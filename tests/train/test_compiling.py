@@ -23,8 +23,14 @@ def afresh():
     torch._dynamo.reset()
 
 
+def compile_by(monkeypatch, backend):
+    """In place of the C++ compiler."""
+    own = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part, options: own(part, backend=backend))
+
+
 def compile_with(monkeypatch, change):
-    """In place of the C++ compiler: graphs run as they are, and `change` their first output."""
+    """Graphs run as they are, and `change` their first output."""
 
     def backend(graph, _):
         def run_graph(*inputs):
@@ -33,8 +39,7 @@ def compile_with(monkeypatch, change):
 
         return run_graph
 
-    own = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda part, options: own(part, backend=backend))
+    compile_by(monkeypatch, backend)
 
 
 def test_within_uncompiled_the_model_runs_as_written(monkeypatch):
@@ -87,8 +92,49 @@ def test_wrong_code_is_found_out_and_not_used(options, tmp_path, capsys, monkeyp
     compile_with(monkeypatch, change)
     trainer = run(replace(options, max_steps=2, compile="1", out_dir=tmp_path / "wrong"))
     assert not trainer.compiled
-    assert "computes something else on this machine" in capsys.readouterr().out
+    assert "(its code computes something else); going on without" in capsys.readouterr().out
     assert metrics(trainer) == metrics(plain)
+
+
+def test_a_failing_compiler_is_done_without(options, tmp_path, capsys, monkeypatch):
+    def backend(graph, _):
+        raise RuntimeError("C++ compile error\n\nOutput:\na.cpp:1: fatal error: Python.h: No such file")
+
+    plain = run(replace(options, max_steps=2))
+    compile_by(monkeypatch, backend)
+    trainer = run(replace(options, max_steps=2, compile="1", out_dir=tmp_path / "failing"))
+    assert not trainer.compiled
+    said = "does not work on this machine (a.cpp:1: fatal error: Python.h: No such file); going on without"
+    assert said in capsys.readouterr().out
+    assert metrics(trainer) == metrics(plain)
+
+
+@pytest.mark.parametrize(
+    ("folder", "mended", "compiled"),
+    [
+        pytest.param("kept", True, True, id="made once more"),
+        pytest.param("kept", False, False, id="broken again"),
+        pytest.param("elsewhere", True, False, id="not what was compiled"),
+    ],
+)
+def test_a_kept_library_that_was_cut_short_is_made_once_more(
+    options, tmp_path, capsys, monkeypatch, folder, mended, compiled
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    library = tmp_path / folder / "a.so"
+    library.parent.mkdir()
+    library.touch()
+
+    def backend(graph, _):
+        if library.exists() or not mended:
+            raise ImportError("file too short", path=str(library))
+        return graph
+
+    compile_by(monkeypatch, backend)
+    trainer = run(replace(options, max_steps=2, compile="1"))
+    assert trainer.compiled is compiled
+    assert library.exists() is (folder == "elsewhere")
+    assert ("(file too short)" in capsys.readouterr().out) is not compiled
 
 
 def test_a_processor_that_compilers_may_not_know_is_named(monkeypatch):
