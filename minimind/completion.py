@@ -15,13 +15,13 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from minimind.cli import COMMANDS
-from minimind.flags import named_path, parser_settings
+from minimind.flags import Parser, named_path
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(**parser_settings(__doc__))
+    parser = Parser(__doc__)
     parser.add_argument("shell", choices=SHELLS, help="the shell that the script is for")
     shell = parser.parse_args(argv).shell
     import shtab

@@ -10,7 +10,6 @@ kept in the cache, where the run will find them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minimind.cli import COMMANDS
 from minimind.errors import UserError
-from minimind.flags import add_flags, flag, parser_settings
+from minimind.flags import Parser, add_flags, flag
 
 if TYPE_CHECKING:
     from minimind.train.loop import Stage, Trainer
@@ -66,14 +65,14 @@ GPUS = {  # cards without bf16 (V100, T4) are not here: on them training is in f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(**parser_settings(__doc__))
+    parser = Parser(__doc__)
     stages = parser.add_subparsers(
         dest="stage", required=True, metavar="STAGE", help="with --help a stage lists its flags"
     )
     classes = {name: options_class(name) for name in STAGES}
     for name, options in classes.items():
         purpose = COMMANDS[f"train {name}"].purpose
-        add_flags(stages.add_parser(name, help=purpose, **parser_settings(__doc__)), options)
+        add_flags(stages.add_parser(name, help=purpose, description=__doc__), options)
     flags = vars(parser.parse_args(argv))
     name = flags.pop("stage")
     options = classes[name](**flags)

@@ -6,12 +6,14 @@ Imports nothing heavy, so that every `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -68,21 +70,29 @@ def parse_flags(options: type[Options], argv: Sequence[str] | None, description:
     """Read `argv` (default: the process's arguments) into the dataclass `options`.
 
     A bare boolean flag means yes: `--use_wandb` and `--use_wandb 1` are the same. A wrong flag exits with
-    argparse's message and code 2. The description is a docstring, shown with its lines as they are; it has
-    an example of the command.
+    code 2. The description is a docstring; it has an example of the command.
     """
-    parser = argparse.ArgumentParser(**parser_settings(description))
+    parser = Parser(description)
     add_flags(parser, options)
     return options(**vars(parser.parse_args(argv)))
 
 
-def parser_settings(description: str | None) -> dict[str, Any]:
-    """What every parser of ours is made with."""
-    return {
-        "description": description,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-        "allow_abbrev": False,
-    }
+class Parser(argparse.ArgumentParser):
+    """Shows its description with the lines as they are, and of a mistake one line.
+
+    The usage, which argparse shows before that, is some thirty lines for a training.
+    """
+
+    def __init__(self, description: str | None = None, **settings: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        unknown = [word for word in re.findall(r"(?<!\S)--?[a-z][\w-]*", message) if word not in known]
+        near = get_close_matches(unknown[0], known, 1) if unknown else ()
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        self.exit(2, f"{self.prog}: error: {message}; {hint}\n")
 
 
 def part_of(source: object, options: type[Options]) -> Options:

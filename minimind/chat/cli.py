@@ -5,7 +5,6 @@ torch is imported only once the arguments are known to be good, so that `--help`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from minimind.chat.questions import questions_for
 from minimind.chat.session import ChatSession
 from minimind.chat.talk import Talk
 from minimind.environment import wait_briefly
-from minimind.flags import add_flags, flag, parser_settings, part_of
+from minimind.flags import Parser, add_flags, flag, part_of
 
 DESCRIPTION = """Talk to a model that MiniMind trained.
 
@@ -67,11 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--model_mode 0|1|2|3|4] [--prompt TEXT] …",  # the full list is below it anyway
-        **parser_settings(DESCRIPTION),
-    )
+def argument_parser() -> Parser:
+    # The full list of flags is below the usage anyway.
+    parser = Parser(DESCRIPTION, usage="%(prog)s [--model_mode 0|1|2|3|4] [--prompt TEXT] …")
     alone = "answer this alone on stdout, and leave; may be repeated"
     parser.add_argument("--prompt", action="append", help=alone)
     add_flags(parser.add_argument_group("which model"), AnswerOptions)

@@ -222,7 +222,7 @@ def test_wrong_words_leave_with_a_code(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 2  # usage, and what is wrong
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 REASONED = "<think>\n1+1\n</think>\n<answer>\n2\n</answer>"

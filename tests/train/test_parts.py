@@ -121,21 +121,25 @@ def test_a_switch_means_what_it_says(argv, expected):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "hint"),
     [
-        ["--use_moe", "maybe"],
-        ["--size", "x"],
-        ["--mode", "c"],
-        ["--siz", "3"],
-        ["--names", "b", "c"],
-        ["--names"],
+        (["--use_moe", "maybe"], "'maybe' is neither yes nor no: write 1 or 0; --help lists the flags"),
+        (["--size", "x"], "--size: invalid int value: 'x'"),
+        (["--mode", "c"], "--mode: invalid choice: 'c'"),
+        (["--siz", "3"], "unrecognized arguments: --siz 3; did you mean --size?"),
+        (["-size", "3"], "unrecognized arguments: -size 3; did you mean --size?"),
+        (["--mode", "a", "--colour=red"], "unrecognized arguments: --colour=red; --help lists the flags"),
+        (["--names", "b", "c"], "--names: invalid choice: 'c'"),
+        (["--names"], "--names: expected at least one argument"),
     ],
 )
-def test_wrong_flags_are_refused(argv, capsys):
+def test_wrong_flags_are_refused_in_one_line(argv, hint, capsys):
     with pytest.raises(SystemExit) as raised:
         parse_flags(Example, argv, "")
     assert raised.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: " in line
+    assert hint in line
 
 
 @dataclass(frozen=True)
