@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,19 @@ def bring_back_last_saved(folder: Path) -> None:
     shutil.rmtree(folder / LAST_SAVED, ignore_errors=True)
 
 
-def set_aside(folder: Path, results: Iterable[Path]) -> None:
-    """Now that a new run saves: the `results` of the one before it, and what it has said, to `previous/`."""
-    previous = folder / PREVIOUS
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir()
-    move(results, previous)
-    move((folder / LAST_SAVED).glob("*"), previous)
+def set_aside(folder: Path, results: Sequence[Path]) -> None:
+    """Now that a new run saves: the `results` of the one before it, and what it has said, to `previous/`.
+
+    What was there before is given up last, and a run that finds the work of one killed meanwhile ends it.
+    """
+    unfinished = folder / f".{PREVIOUS}.tmp"
+    if not (results or unfinished.exists()):
+        return
+    unfinished.mkdir(exist_ok=True)
+    move((*results, *(folder / LAST_SAVED).glob("*")), unfinished)
     shutil.rmtree(folder / LAST_SAVED, ignore_errors=True)
+    shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
+    unfinished.replace(folder / PREVIOUS)
 
 
 def move(paths: Iterable[Path], folder: Path) -> None:

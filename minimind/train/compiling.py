@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from minimind.data.batches import Batch
 from minimind.errors import UserError
 from minimind.model import Decoder, MiniMind
 from minimind.train.parallel import Parallel
+
+if TYPE_CHECKING:
+    from torch._dynamo.exc import BackendCompilerFailed
 
 WORTH_COMPILING = 2e13  # floating-point operations; on a CPU compiling takes half a minute and has to pay
 TOLERANCE = 0.05  # of the gradients; bf16 rounds in other places when compiled, which makes 0.01
@@ -102,13 +106,32 @@ def fault_of_compiled(model: MiniMind, batch: Batch, parallel: Parallel) -> str 
     try:
         found = compiled_outputs_and_gradients(model, inputs, parallel)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        lines = str(error.inner_exception).splitlines() or [type(error.inner_exception).__name__]
-        fault = next((line for line in lines if "error: " in line), lines[0])  # the compiler's own word
+        fault = reason(error)
     else:
         # Written so that NaN is a difference.
         if not all((a - b).norm() <= TOLERANCE * b.norm() for a, b in zip(found, expected, strict=True)):
             fault = "its code computes something else"
     return (fault or "it does not in another process") if parallel.any(fault is not None) else None
+
+
+def reason(error: BackendCompilerFailed) -> str:
+    """One line of what may be hundreds: a compiler's own word, where there is one."""
+    lines = str(error.inner_exception).splitlines() or [type(error.inner_exception).__name__]
+    return next((line for line in lines if "error: " in line), lines[0]).strip()
+
+
+@contextmanager
+def compiler_errors_explained() -> Iterator[None]:
+    """Turn a failure of the compiler during training into a UserError.
+
+    Before the first step on a CPU it is done without; a GPU's code is compiled in that step.
+    """
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise UserError(
+            f"torch.compile does not work on this machine ({reason(error)}); --compile 0 trains without it"
+        ) from error
 
 
 def compiled_outputs_and_gradients(

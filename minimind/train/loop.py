@@ -37,7 +37,7 @@ from minimind.runs import RUN, alone_in, bring_back_last_saved, keep_last_saved,
 from minimind.tokenizer import Tokenizer
 from minimind.train import report
 from minimind.train.checkpoint import CheckpointWriter, list_checkpoints, load_state, random_state
-from minimind.train.compiling import compile_decoder
+from minimind.train.compiling import compile_decoder, compiler_errors_explained
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import build_engine
@@ -89,7 +89,8 @@ def train(stage: Stage, options: TrainOptions) -> int:
     parallel = setup(options.device, options.dtype, options.parallel, options.hang_timeout, stage_of_zero)
     with parallel.errors_once(), memory_errors_explained(parallel):
         trainer = Trainer(stage, options, parallel)
-        with alone_in(trainer.run_dir) if parallel.is_main else nullcontext():
+        alone = alone_in(trainer.run_dir) if parallel.is_main else nullcontext()
+        with alone, compiler_errors_explained():
             code = trainer.run()
     parallel.close()
     return code
@@ -384,9 +385,9 @@ class Trainer:
     def set_previous_aside(self, checkpoints: Path) -> None:
         """A run started by mistake must not cost the one before it: that moves to `previous/`."""
         self.is_new = False
-        if self.parallel.is_main and self.has_results:
+        if self.parallel.is_main:
             results = (checkpoints, self.weights_path, self.run_dir / REPORT, self.run_dir / SAMPLES)
-            set_aside(self.run_dir, results)
+            set_aside(self.run_dir, results if self.has_results else ())
 
     @property
     def has_results(self) -> bool:

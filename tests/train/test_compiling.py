@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from minimind.config import ModelConfig
+from minimind.errors import UserError
 from minimind.model import MiniMind
-from minimind.train import compiling
+from minimind.train import compiling, loop
 from minimind.train.parallel import setup
 
-from .conftest import metrics, run
+from .conftest import PRETRAIN, metrics, run
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +97,25 @@ def test_wrong_code_is_found_out_and_not_used(options, tmp_path, capsys, monkeyp
     assert metrics(trainer) == metrics(plain)
 
 
-def test_a_failing_compiler_is_done_without(options, tmp_path, capsys, monkeypatch):
-    def backend(graph, _):
-        raise RuntimeError("C++ compile error\n\nOutput:\na.cpp:1: fatal error: Python.h: No such file")
+def failing(graph, _):
+    raise RuntimeError("C++ compile error\n\nOutput:\na.cpp:1: fatal error: Python.h: No such file")
 
+
+def test_a_failing_compiler_is_done_without(options, tmp_path, capsys, monkeypatch):
     plain = run(replace(options, max_steps=2))
-    compile_by(monkeypatch, backend)
+    compile_by(monkeypatch, failing)
     trainer = run(replace(options, max_steps=2, compile="1", out_dir=tmp_path / "failing"))
     assert not trainer.compiled
     said = "does not work on this machine (a.cpp:1: fatal error: Python.h: No such file); going on without"
     assert said in capsys.readouterr().out
     assert metrics(trainer) == metrics(plain)
+
+
+def test_a_compiler_that_fails_in_the_first_step_is_named(options, monkeypatch):
+    compile_by(monkeypatch, failing)
+    monkeypatch.setattr(loop, "check_compiled", lambda _: None)  # as on a GPU
+    with pytest.raises(UserError, match=r"Python.h: No such file\); --compile 0 trains without it"):
+        loop.train(PRETRAIN, replace(options, max_steps=2, compile="1"))
 
 
 @pytest.mark.parametrize(

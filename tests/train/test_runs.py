@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,32 @@ def test_a_run_killed_in_its_first_save_leaves_the_one_it_has_set_aside(options)
     run(replace(options, max_steps=2))
     assert (killed / "previous" / "pretrain_64.pth").read_bytes() == kept
     assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("unmoved", ["pretrain_64.pth", "report.html", "run.json"])
+def test_a_run_killed_while_it_sets_another_aside_costs_nothing_of_it(options, monkeypatch, unmoved):
+    whole = run(options)
+    kept = whole.weights_path.read_bytes()
+    move = Path.replace
+
+    def killed_before(path, target):
+        if Path(target).parent.name == ".previous.tmp" and path.name == unmoved:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed_before)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(options, max_steps=3))
+    assert list_checkpoints(whole.run_dir / "checkpoints") == []  # they have moved
+    monkeypatch.undo()
+    run(replace(options, max_steps=2))
+    previous = whole.run_dir / "previous"
+    assert [p.name for p in list_checkpoints(previous / "checkpoints")] == ["step_00000007"]
+    assert (previous / "pretrain_64.pth").read_bytes() == kept
+    assert read_settings(previous)["run_id"] == whole.run_id
+    run(replace(options, max_steps=1))  # and the next one finds nothing unfinished
+    assert [p.name for p in list_checkpoints(previous / "checkpoints")] == ["step_00000002"]
+    assert not list(whole.run_dir.glob(".*.tmp"))
 
 
 def test_a_run_stopped_before_its_first_step_changes_nothing(options, monkeypatch):
