@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex_module
 
 from minimind import blocks, lora, moe
-from minimind.config import PRESETS, ModelConfig
+from minimind.config import ModelConfig
 from minimind.model import BlockMask, MiniMind, attention_mask
 from minimind.train import memory, optim
 from minimind.train.losses import negative_log_likelihood
@@ -186,9 +186,3 @@ def test_a_gpus_pass_takes_part_of_its_memory(monkeypatch):
 )
 def test_a_cpus_pass_has_some_thousand_tokens(length, mostly_frozen, rows):
     assert memory.rows_worthwhile(ModelConfig(), length, torch.device("cpu"), mostly_frozen) == rows
-
-
-def test_a_pass_of_a_mixture_on_a_cpu_has_more_rows():
-    cpu = torch.device("cpu")
-    assert memory.rows_worthwhile(ModelConfig(), 512, cpu) == 8
-    assert memory.rows_worthwhile(PRESETS["moe"], 512, cpu) == 13

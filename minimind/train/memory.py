@@ -23,7 +23,8 @@ from minimind.train.parallel import Parallel
 # Tokens in a pass on a CPU. With fewer, what a pass costs however small it is (casts of all weights, adding
 # up all gradients) takes a larger share; with more, less of what a layer leaves to the next stays in caches.
 # 24 rows of 512 took `small` 3.98 s in passes of 4, 3.03 of 8, 3.53 of 12 and 3.73 at once, `base` 9.5 of 3,
-# 8.6 of 8 and 8.2 of 12 (two Xeon cores; in turn, medians of 12 and the best of 6).
+# 8.6 of 8 and 8.2 of 12 (two Xeon cores; in turn, medians of 12 and the best of 6). A row of `moe` took 0.37
+# s in passes of 5 (3.3 GB at most), 0.36 of 8 (4.6 GB) and 0.33 of 13 (7.6 GB).
 CPU_TOKENS = 4096
 # With most weights frozen there are no gradients to add up, and smaller passes cost little: 8 rows of LoRA in
 # two layers of `small` took 0.58 s of one core at once, 0.57 in passes of 4 and 0.63 of 2 (what this allows).
@@ -71,17 +72,11 @@ def rows_worthwhile(
 ) -> int:
     """The most rows of `length` tokens in a pass, however many more are asked for.
 
-    A CPU is no faster with more, and answers a signal between two passes. But a pass casts the weights of all
-    experts and adds up their gradients, however few a token meets: `moe` took 1.90 s of a core for 1,000
-    tokens with 3 rows at once, 1.72 with 5, 1.62 with 10. A GPU waits less the larger they are (an H100
-    trained `small` at 797,000 tokens/s with 128 rows at once, at 624,000 with 32), so there it is what surely
-    fits.
+    A CPU answers a signal between two passes. A GPU waits less the larger they are (an H100 trained `small`
+    at 797,000 tokens/s with 128 rows at once, at 624,000 with 32), so there it is what surely fits.
     """
     if device.type == "cpu":
-        shared, met = config.num_shared_experts, config.num_experts_per_tok
-        weights = (config.num_experts + shared) / (met + shared) if config.num_experts else 1.0
-        tokens = FROZEN_TOKENS if mostly_frozen else CPU_TOKENS
-        return max(1, int(tokens * weights / length))
+        return max(1, (FROZEN_TOKENS if mostly_frozen else CPU_TOKENS) // length)
     if device.type != "cuda":
         return ELSEWHERE
     return max(1, int(GPU_PASS * total_memory(device) / (activation_bytes(config) * length)))
