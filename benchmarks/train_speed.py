@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -197,13 +198,12 @@ def products_between_passes(trainer: Trainer) -> Iterator[list[float]]:
 
         return call
 
-    loss, backward = trainer.objective.loss, trainer.engine.backward
-    trainer.objective.loss = after_a_product(loss)  # type: ignore[method-assign]
-    trainer.engine.backward = after_a_product(backward)  # type: ignore[method-assign]
-    try:
+    objective, engine = trainer.objective, trainer.engine
+    with (
+        patch.object(objective, "loss", after_a_product(objective.loss)),
+        patch.object(engine, "backward", after_a_product(engine.backward)),
+    ):
         yield seconds
-    finally:
-        trainer.objective.loss, trainer.engine.backward = loss, backward  # type: ignore[method-assign]
 
 
 def own_steps(setting: Setting, folder: Path, compile: str) -> OwnSteps:
