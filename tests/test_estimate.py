@@ -136,6 +136,9 @@ def test_what_estimate_refuses(minimind, capsys):
         with pytest.raises(SystemExit) as ended:
             main(["estimate", *wrong])
         assert ended.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["estimate", "sft", "--epoch", "1"])
+    assert "sft: error: unrecognized arguments: --epoch 1; did you mean --epochs?" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_fit_is_said_so(minimind, monkeypatch):

@@ -23,6 +23,7 @@ from numba.core.caching import FunctionCache
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
+EXP_LIMIT = 87  # e to the 88 is no fp32 number, and to the -88 none of full precision
 
 
 class CodeCache(FunctionCache):
@@ -55,8 +56,8 @@ def share_threads() -> None:
 
 @compiled(fastmath={"contract"})
 def exp(x):
-    """e to the x, at most 87 either way, to 3e-7. Its loops become vector instructions, np.exp's not."""
-    x = min(max(x, np.float32(-87)), np.float32(87))
+    """e to the x, at most EXP_LIMIT either way, to 3e-7. Loops of it become vectors, np.exp's not."""
+    x = min(max(x, np.float32(-EXP_LIMIT)), np.float32(EXP_LIMIT))
     power = np.rint(x * np.float32(1.442695041))
     # ln 2 in two parts, of which the first has few digits, so that its product is exact. |rest| < 0.35
     rest = x - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)

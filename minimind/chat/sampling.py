@@ -3,143 +3,166 @@
 Rows of a batch belong to different answers, each with options and chance of its own. Nothing here depends on
 the other rows, so a seed gives one answer, whoever shares the batch.
 
-Shapes: B rows, V vocabulary, C candidates.
+Shapes: B rows, V vocabulary, W the window of the penalty.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Collection, Sequence
 from random import Random
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from numba import prange
 from torch import Tensor
 
+from minimind.chat.kernels import EXP_LIMIT, REORDERED, compiled, exp, share_threads
 from minimind.chat.options import SamplingOptions
 
 CONTROL_IDS = (0, 1, 2)  # <|endoftext|> (also padding), <|im_start|>, <|im_end|>
 STOP_IDS = (0, 2)  # what may end an answer; the other control ids are never drawn
 PENALTY_WINDOW = 64  # tokens; in a longer answer common words such as "的" must come again
-CANDIDATES = 64  # tokens; most nuclei are smaller, and these are far cheaper to find than to sort V
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows, and there is nothing left to chance anyway
+NO_ID = -1
+LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
+
+# What the loops read of a row's options. No limit is a top_k of 0, greedy a temperature of 0.
+KNOBS = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("repetition_penalty", np.float32),
+        ("never", np.int64, len(CONTROL_IDS)),
+    ]
+)
 
 
 class Sampler:
     """How the tokens of one answer are drawn.
 
-    One uniform number decides each draw. It comes from Python's generator: a seed then means the same on
-    every device, and an answer keeps no generator there.
+    One uniform number decides each draw. It comes from Python's generator, so that a seed means the same on
+    every machine.
     """
 
     def __init__(self, options: SamplingOptions, stop_ids: Collection[int] = STOP_IDS) -> None:
-        self.options = options
-        self.never = [i for i in CONTROL_IDS if i not in stop_ids]
-        self.greedy = options.temperature < GREEDY_BELOW
-        # Whether any token may be drawn.
-        self.whole = options.top_k is None and options.top_p == 1 and options.min_p == 0
+        temperature = options.temperature if options.temperature >= GREEDY_BELOW else 0
+        top_k = min(options.top_k or 0, 2**31)
+        never = [NO_ID if i in stop_ids else i for i in CONTROL_IDS]
+        self.knobs = (temperature, top_k, options.top_p, options.min_p, options.repetition_penalty, never)
         self._random = Random(options.seed)  # None: seeded by the system
 
     def uniform(self) -> float:
-        """In [0, 1), and exact in fp32: rounding to 1 would choose a token behind the last."""
+        """In [0, 1)."""
         return self._random.getrandbits(24) / 2**24
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler], answers: Sequence[Sequence[int]]) -> list[int]:
-    """Draw an id for each row of `logits` (B, V), which this changes; `answers` are the tokens so far."""
-    forbid(logits, [sampler.never for sampler in samplers])
-    penalties = [sampler.options.repetition_penalty for sampler in samplers]
-    penalize_repetition(logits, [answer[-PENALTY_WINDOW:] for answer in answers], penalties)
+    """Draw an id for each row of `logits` (B, V); `answers` are the tokens so far.
 
-    uniform = logits.new_tensor([0 if sampler.greedy else sampler.uniform() for sampler in samplers])  # (B,)
-    rows_of = defaultdict(list)  # rows that are drawn alike are drawn together
-    for row, sampler in enumerate(samplers):
-        rows_of[argmax if sampler.greedy else draw if sampler.whole else draw_likely].append(row)
-    if len(rows_of) == 1:
-        return next(iter(rows_of))(logits, samplers, uniform).tolist()
-    ids = [0] * len(samplers)
-    for function, rows in rows_of.items():
-        drawn = function(logits[rows], [samplers[row] for row in rows], uniform[rows]).tolist()
-        for row, token in zip(rows, drawn, strict=True):
-            ids[row] = token
+    Logits of a GPU come to the host, which must learn the tokens anyway: so it waits once for each.
+    """
+    said = np.full((len(answers), PENALTY_WINDOW), NO_ID)
+    for row, answer in enumerate(answers):
+        recent = answer[-PENALTY_WINDOW:]
+        said[row, : len(recent)] = recent
+    knobs = np.array([sampler.knobs for sampler in samplers], KNOBS)
+    uniform = np.array([sampler.uniform() for sampler in samplers])
+    share_threads()
+    return draw(logits.float().cpu().numpy(), said, knobs, uniform).tolist()
+
+
+@compiled(parallel=True)
+def draw(logits, said, knobs, uniform):
+    """logits (B, V), said (B, W) ids or NO_ID, knobs (B,), uniform numbers (B,) → ids (B,)."""
+    ids = np.empty(len(logits), np.int64)
+    for row in prange(len(logits)):
+        scores = logits[row].copy()
+        for token in knobs[row].never:
+            if token != NO_ID:
+                scores[token] = -np.inf
+        penalize(scores, said[row], knobs[row].repetition_penalty)
+        ids[row] = draw_one(scores, knobs[row], uniform[row])
     return ids
 
 
-def forbid(logits: Tensor, never: Sequence[Sequence[int]]) -> None:
-    width = logits.shape[1]
-    places = [row * width + token for row, ids in enumerate(never) for token in ids]
-    if places:
-        logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf
-
-
-def penalize_repetition(logits: Tensor, said: Sequence[Sequence[int]], penalties: Sequence[float]) -> None:
-    """Make the tokens that a row has said less likely, each once however often it was said.
+@compiled()
+def penalize(scores, said, penalty):
+    """Make tokens that have been said less likely in scores (V,), each once however often it was said.
 
     CTRL (Keskar et al. 2019, arXiv:1909.05858, 4.1) divides their logits by the penalty. That would raise a
     negative logit, so those are multiplied.
     """
-    width = logits.shape[1]
-    places, factors = [], []
-    for row, (tokens, penalty) in enumerate(zip(said, penalties, strict=True)):
-        if penalty != 1:
-            distinct = set(tokens)
-            places += [row * width + token for token in distinct]
-            factors += [penalty] * len(distinct)
-    if places:
-        index, factor = torch.tensor(places, device=logits.device), logits.new_tensor(factors)
-        scores = logits.view(-1)[index]
-        logits.view(-1)[index] = torch.where(scores > 0, scores / factor, scores * factor)
+    for place, token in enumerate(said):
+        if token != NO_ID and token not in said[:place]:
+            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
 
 
-def argmax(logits: Tensor, _samplers: Sequence[Sampler], _uniform: Tensor) -> Tensor:
-    return logits.max(-1).indices  # on a CPU `argmax` takes longer
+@compiled()
+def draw_one(scores, knobs, uniform):
+    """An id of scores (V,): of the top k, in them of the nucleus, in that of what min_p leaves."""
+    likeliest = scores.argmax()
+    if knobs.temperature == 0:
+        return likeliest
+    weights, whole = weights_of(scores, scores[likeliest], knobs.temperature)
+    if knobs.top_k == 0 and knobs.top_p == 1:
+        kept = np.flatnonzero(weights >= max(knobs.min_p, LEAST_WEIGHT))
+    else:
+        kept = nucleus(weights, whole, knobs)
+    place = uniform * mass(weights, kept)
+    for token in kept:
+        place -= weights[token]
+        if place < 0:
+            return token
+    return likeliest  # where rounding left a last bit
 
 
-def draw(logits: Tensor, samplers: Sequence[Sampler], uniform: Tensor) -> Tensor:
-    """Draw from all tokens: logits (B, V), uniform numbers (B,) → ids (B,)."""
-    return invert(probabilities_of(logits, samplers), uniform)
+@compiled(fastmath=REORDERED)
+def weights_of(scores, largest, temperature):
+    """Probabilities of scores (V,), as shares of the likeliest token's, and their sum."""
+    weights, whole = np.empty_like(scores), np.float32(0)
+    for i in range(len(scores)):
+        below = (scores[i] - largest) / temperature
+        weights[i] = exp(below) if below > np.float32(-EXP_LIMIT) else np.float32(0)
+        whole += weights[i]
+    return weights, whole
 
 
-def draw_likely(
-    logits: Tensor, samplers: Sequence[Sampler], uniform: Tensor, width: int = CANDIDATES
-) -> Tensor:
-    """Draw from the top k, the nucleus in them, what min_p leaves: logits (B, V), uniform (B,) → ids (B,).
+@compiled()
+def nucleus(weights, whole, knobs):
+    """The ids of weights (V,), whose sum is `whole`, that top k, top p and min p leave, the likeliest first.
 
-    Only the `width` likeliest tokens are looked at; rows whose nucleus is wider are drawn anew among more.
+    Only what may be among them is sorted, a few as a rule: that is far less work than all V.
     """
-    options = [sampler.options for sampler in samplers]
-    top_k = [[min(option.top_k or 0, logits.shape[1])] for option in options]  # 0: no such limit
-    top_p = logits.new_tensor([[option.top_p] for option in options])  # (B, 1)
-    min_p = logits.new_tensor([[option.min_p] for option in options])  # (B, 1)
-    width = max(min(width, logits.shape[1]), *(k for (k,) in top_k))
-
-    values, ids = probabilities_of(logits, samplers).topk(width)  # (B, C), falling
-    sums = values.cumsum(-1)
-    before = sums - values  # share of the tokens that are likelier
-    least = min_p * values[:, :1]  # (B, 1)
-    enough = (sums[:, -1:] >= top_p) | (values[:, -1:] < least)  # (B, 1)
-    wide = [row for row, (whole,) in enumerate(enough.tolist()) if not whole]
-    if any(k for (k,) in top_k):
-        kept = torch.tensor(top_k, device=logits.device)  # (B, 1)
-        top_p = torch.where(kept > 0, top_p * sums.gather(-1, (kept - 1).clamp(min=0)), top_p)
-        values.masked_fill_((kept > 0) & (torch.arange(width, device=logits.device) >= kept), 0)
-    nucleus = values.masked_fill((before >= top_p) | (values < least), 0)
-    drawn = ids.gather(-1, invert(nucleus, uniform)[:, None])[:, 0]
-    wide = [row for row in wide if not top_k[row][0] and width < logits.shape[1]]
-    if wide:
-        drawn[wide] = draw_likely(logits[wide], [samplers[row] for row in wide], uniform[wide], 8 * width)
-    return drawn
+    floor, enough, found = 1.0, False, np.empty(0, np.int64)
+    while floor > LEAST_WEIGHT and not enough:
+        floor /= 16
+        found = np.flatnonzero(weights >= floor)
+        if knobs.top_k:
+            enough = len(found) >= knobs.top_k
+        else:
+            enough = floor <= knobs.min_p or mass(weights, found) >= knobs.top_p * whole
+    found = found[np.argsort(-weights[found], kind="mergesort")]
+    wanted = knobs.top_p * whole
+    if knobs.top_k:
+        found = found[: knobs.top_k]
+        wanted = knobs.top_p * mass(weights, found)
+    before = 0.0
+    for count, token in enumerate(found):
+        if before >= wanted or weights[token] < knobs.min_p:
+            return found[:count]
+        before += weights[token]
+    return found
 
 
-def probabilities_of(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    temperatures = logits.new_tensor([[sampler.options.temperature] for sampler in samplers])  # (B, 1)
-    return (logits / temperatures).softmax(-1)
-
-
-def invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The place where the running sum of a row of `weights` (B, C) passes `uniform` (B,) of its total."""
-    sums = weights.cumsum(-1)  # (B, C)
-    return (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+@compiled()
+def mass(weights, ids):
+    found = 0.0
+    for token in ids:
+        found += weights[token]
+    return found
 
 
 class TokenLogprobs(NamedTuple):
