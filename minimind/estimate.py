@@ -73,11 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, options in classes.items():
         purpose = COMMANDS[f"train {name}"].purpose
         add_flags(stages.add_parser(name, help=purpose, description=__doc__), options)
-    known, unknown = parser.parse_known_args(argv)
-    flags = vars(known)
+    flags = vars(parser.parse_args(argv))
     name = flags.pop("stage")
-    if unknown:  # said by the stage's parser, which knows what they may have meant
-        stages.choices[name].error(f"unrecognized arguments: {' '.join(unknown)}")
     options = classes[name](**flags)
     return (compute if options.gpu else measure)(name, options)
 

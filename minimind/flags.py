@@ -87,6 +87,13 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """None may be unknown. That of a subcommand says so, not the one above, which has other flags."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         known = self._option_string_actions
         unknown = [word for word in re.findall(r"(?<!\S)--?[a-z][\w-]*", message) if word not in known]

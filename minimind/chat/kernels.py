@@ -5,11 +5,12 @@ function here takes the place of ten of them, on arrays that share the memory of
 on a machine compiles, for some seconds; the code is kept beside this file or in the user's cache.
 
 Shapes: M rows with one token each, I inputs, O outputs, N query heads, K key/value heads, D head width, S
-positions. Arrays are contiguous, and numbers fp32, where nothing else is said.
+positions, V vocabulary. Arrays are contiguous, and numbers fp32, where nothing else is said.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -23,7 +24,9 @@ from numba.core.caching import FunctionCache
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
-EXP_LIMIT = 87  # e to the 88 is no fp32 number, and to the -88 none of full precision
+EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
+NO_ID = -1  # fills up lists of ids
+LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
 
 
 class CodeCache(FunctionCache):
@@ -233,3 +236,97 @@ def int8_layer(x, rotation, cache, positions, norm, mlp_norm, eps, qkv, output, 
     rounded, steps = norm_to_int8(x, mlp_norm, eps)
     rounded, steps = swiglu_in_int8(integer_product(rounded, gate_up[0]), steps, gate_up[1])
     return add_in_int8(x, integer_product(rounded, down[0]), steps, down[1])
+
+
+# The draw of a token.
+
+
+@compiled(parallel=True)
+def draw(logits, said, knobs, uniform):
+    """logits (M, V), ids said lately (M, W), `sampling.KNOBS` (M,), numbers in [0, 1) (M,) → ids (M,)."""
+    ids = np.empty(len(logits), np.int64)
+    for row in prange(len(logits)):
+        scores = logits[row].copy()
+        for token in knobs[row].never:
+            if token != NO_ID:
+                scores[token] = -np.inf
+        penalize(scores, said[row], knobs[row].repetition_penalty)
+        ids[row] = draw_one(scores, knobs[row], uniform[row])
+    return ids
+
+
+@compiled()
+def penalize(scores, said, penalty):
+    """Make tokens that have been said less likely in scores (V,), each once however often it was said.
+
+    CTRL (Keskar et al. 2019, arXiv:1909.05858, 4.1) divides their logits by the penalty. That would raise a
+    negative logit, so those are multiplied.
+    """
+    for place, token in enumerate(said):
+        if token != NO_ID and token not in said[:place]:
+            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+
+
+@compiled()
+def draw_one(scores, knobs, uniform):
+    """An id of scores (V,): of the top k, in them of the nucleus, in that of what min_p leaves."""
+    likeliest = scores.argmax()
+    if knobs.temperature == 0:
+        return likeliest
+    weights, whole = weights_of(scores, scores[likeliest], knobs.temperature)
+    if knobs.top_k == 0 and knobs.top_p == 1:
+        kept = np.flatnonzero(weights >= max(knobs.min_p, LEAST_WEIGHT))
+    else:
+        kept = nucleus(weights, whole, knobs)
+    place = uniform * mass(weights, kept)
+    for token in kept:
+        place -= weights[token]
+        if place < 0:
+            return token
+    return likeliest  # where rounding left a last bit
+
+
+@compiled(fastmath=REORDERED)
+def weights_of(scores, largest, temperature):
+    """Probabilities of scores (V,), as shares of the likeliest token's, and their sum."""
+    weights, whole = np.empty_like(scores), np.float32(0)
+    for i in range(len(scores)):
+        below = (scores[i] - largest) / temperature
+        weights[i] = exp(below) if below > np.float32(-EXP_LIMIT) else np.float32(0)
+        whole += weights[i]
+    return weights, whole
+
+
+@compiled()
+def nucleus(weights, whole, knobs):
+    """The ids of weights (V,), whose sum is `whole`, that top k, top p and min p leave, the likeliest first.
+
+    Only what may be among them is sorted, a few as a rule: that is far less work than all V.
+    """
+    floor, enough, found = 1.0, False, np.empty(0, np.int64)
+    while floor > LEAST_WEIGHT and not enough:
+        floor /= 16
+        found = np.flatnonzero(weights >= floor)
+        if knobs.top_k:
+            enough = len(found) >= knobs.top_k
+        else:
+            enough = floor <= knobs.min_p or mass(weights, found) >= knobs.top_p * whole
+    found = found[np.argsort(-weights[found], kind="mergesort")]
+    wanted = knobs.top_p * whole
+    if knobs.top_k:
+        found = found[: knobs.top_k]
+        wanted = knobs.top_p * mass(weights, found)
+    before = 0.0
+    for count, token in enumerate(found):
+        if before >= wanted or weights[token] < knobs.min_p:
+            return found[:count]
+        before += weights[token]
+    return found
+
+
+@compiled()
+def mass(weights, ids):
+    found = 0.0
+    for token in ids:
+        found += weights[token]
+    return found

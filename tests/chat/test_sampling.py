@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from minimind.chat.kernels import NO_ID, penalize
 from minimind.chat.options import SamplingOptions
-from minimind.chat.sampling import NO_ID, Sampler, penalize, sample, token_logprobs
+from minimind.chat.sampling import Sampler, sample, token_logprobs
 from minimind.errors import UserError
 
 LOGITS = [2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -3.0]
