@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """None may be unknown. That of a subcommand says so, not the one above, which has other flags."""
+        """None may be unknown: a subcommand says so itself, since it has the flag that was perhaps meant."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
