@@ -109,7 +109,7 @@ def test_two_machines_train_like_one_and_go_on_together(train, options, tmp_path
     out, data = options.out_dir, options.data_path
     for code, said in train([out, out], [data, data]):
         assert code == 0, said[-2000:]
-    assert losses(out) == pytest.approx(metrics(alone), rel=1e-5)
+    assert losses(out) == pytest.approx(metrics(alone), rel=1e-4)  # rounding, as in test_loop.py
 
     (out / "pretrain_64.pth").unlink()
     for code, said in train([out, out], [data, data], "--from_resume=1"):
