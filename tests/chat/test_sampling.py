@@ -139,6 +139,14 @@ def test_penalty_divides_or_multiplies_what_was_said_once(said, penalty, expecte
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
+def test_a_row_suffers_for_its_own_answer_alone():
+    logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]]).repeat(4, 1)
+    samplers = [
+        Sampler(SamplingOptions(temperature=0, repetition_penalty=p), ANY) for p in (1.25, 1.25, 1, 1.01)
+    ]
+    assert sample(logits, samplers, [[0], [1], [0], [0, 0, 0]]) == [1, 0, 0, 0]
+
+
 def test_log_probabilities_name_the_likeliest():
     logprobs = torch.tensor([0.1, 0.6, 0.3]).log()
     found = token_logprobs(logprobs, 0, 2)
