@@ -40,8 +40,7 @@ class ModelOutput(NamedTuple):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The precision of matrix products on x: under autocast its dtype, else x's own.
 
-    The residual stream stays fp32 under autocast. What branches off from it is cast here once, rather than
-    by autocast before each of the projections that read it.
+    The residual stream has it, too: half the memory and traffic of fp32, which a GPU's norms are bound by.
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -78,10 +77,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)  # (D / 2,)
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each (B, 1, T, D), for `position_ids` (B, T)."""
+        """What `rotate` multiplies components and partners by, (B, 1, T, D), at `position_ids` (B, T)."""
         angles = position_ids[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, D / 2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        cos, sin = ((f(angles) * self.scale).to(dtype) for f in (torch.cos, torch.sin))
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def yarn_frequencies(frequencies: Tensor, config: ModelConfig, scaling: YarnScaling) -> Tensor:
@@ -100,8 +99,8 @@ def yarn_frequencies(frequencies: Tensor, config: ModelConfig, scaling: YarnScal
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of x (B, heads, T, D) by their position's angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    partners = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return x * cos + partners * sin
 
 
 class Attention(nn.Module):
@@ -248,7 +247,8 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device).expand(rows, -1)
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        rotary = self.rotary(position_ids, compute_dtype(x))
+        x = x.to(compute_dtype(x))
+        rotary = self.rotary(position_ids, x.dtype)
         mask = None
         if document_ids is not None:
             mask = attention_mask(document_ids, rotary[0].shape[-1])

@@ -175,8 +175,9 @@ def hidden_states(model: MiniMind, input_ids: Tensor, position_ids: Tensor, may_
     """`Decoder.forward` under a mask of its caller's: (B, T), (B, T), (B, T, T) → (B, T, H)."""
     decoder = model.model
     x = decoder.embed_tokens(input_ids)
-    rotary = decoder.rotary(position_ids, compute_dtype(x))
-    mask = torch.zeros(may_look.shape, device=x.device, dtype=rotary[0].dtype)
+    x = x.to(compute_dtype(x))
+    rotary = decoder.rotary(position_ids, x.dtype)
+    mask = torch.zeros(may_look.shape, device=x.device, dtype=x.dtype)
     mask = mask.masked_fill_(~may_look, -torch.inf)[:, None]  # (B, 1, T, T)
     x, _ = decoder.layers(x, rotary, mask, None)
     return decoder.norm(x)
