@@ -34,7 +34,8 @@ class MoE(nn.Module):
         """x (B, T, H) → (B, T, H) and its routing; `is_token` (B, T) is False at padding."""
         with torch.autocast(x.device.type, enabled=False):  # the router decides in fp32
             scores = F.linear(x.float(), self.gate.weight.float()).softmax(dim=-1)  # (B, T, E)
-        top_scores, top_experts = scores.topk(self.top_k, dim=-1)  # (B, T, k)
+        top_experts = highest(scores, self.top_k)  # (B, T, k)
+        top_scores = (scores[..., None, :] * one_hot(top_experts, scores.shape[-1])).sum(dim=-1)  # (B, T, k)
         top_scores = top_scores / top_scores.sum(dim=-1, keepdim=True)
 
         out = self.visit_experts(x.flatten(0, 1), top_scores.flatten(0, 1), top_experts.flatten(0, 1))
@@ -48,12 +49,13 @@ class MoE(nn.Module):
 
         x (M, H), weights and experts (M, k) → (M, H). The blocks, one after the other, have P rows.
         """
-        visits = F.one_hot(experts.flatten(), len(self.experts)).sum(dim=0)  # (E,)
+        visited = one_hot(experts.flatten(), len(self.experts))  # (M·k, E)
+        visits = visited.sum(dim=0)  # (E,)
         in_one = grouped(x, self.experts)
         # In one product no block is filled up, and nobody waits for the GPU to tell its length.
         lengths = visits if in_one else filled_up(visits)  # (E,)
         rows = experts.numel() if in_one else int(lengths.sum())
-        places = places_of_visits(experts, visits, lengths)  # (M, k)
+        places = places_of_visits(visited, lengths - visits).view_as(experts)  # (M, k)
         visitors = torch.arange(len(x), device=x.device)[:, None].expand_as(places)
         # Rows that fill up read token 0, and nobody reads them.
         tokens = places.new_zeros(rows).scatter(0, places.flatten(), visitors.flatten())  # (P,)
@@ -66,6 +68,23 @@ class MoE(nn.Module):
             blocks = sent.split(lengths.tolist())
             y = torch.cat([expert(block) for expert, block in zip(self.experts, blocks, strict=True)])
         return Collected.apply(y * shares[:, None].type_as(y), tokens, places)
+
+
+def highest(scores: Tensor, k: int) -> Tensor:
+    """Where the k highest of scores (…, E) are, the highest first: (…, k).
+
+    On a GPU `topk` is two kernels and its gradient a third; this becomes part of what is around it.
+    """
+    left, found = scores.detach(), []
+    for _ in range(k):
+        found.append(left.argmax(dim=-1))
+        left = left.masked_fill(one_hot(found[-1], left.shape[-1]), -torch.inf)
+    return torch.stack(found, dim=-1)
+
+
+def one_hot(experts: Tensor, num_experts: int) -> Tensor:
+    """experts (…) → (…, E), True at each one's number."""
+    return experts[..., None] == torch.arange(num_experts, device=experts.device)
 
 
 class Sent(torch.autograd.Function):
@@ -98,14 +117,15 @@ class Collected(torch.autograd.Function):
         return Sent.apply(gradient, *ctx.saved_tensors), None, None
 
 
-def places_of_visits(experts: Tensor, visits: Tensor, lengths: Tensor) -> Tensor:
-    """The row of each visit, (M, k), when expert i has a block of `lengths[i]` rows, of which it fills the
-    first `visits[i]` in the order of the tokens. experts (M, k), visits and lengths (E,)."""
-    expert, order = experts.flatten().sort(stable=True)  # (M·k,)
-    filling = lengths - visits
-    before = (filling.cumsum(dim=0) - filling).index_select(0, expert)  # in the blocks of earlier experts
-    rows = torch.arange(len(order), device=order.device) + before
-    return torch.empty_like(order).scatter(0, order, rows).view_as(experts)
+def places_of_visits(visited: Tensor, filling: Tensor) -> Tensor:
+    """The row of each visit when every expert has a block of rows, its visits in their order, then filling.
+
+    visited (visits, E), one-hot; filling (E,), how many rows → (visits,).
+    """
+    by_expert = visited.T  # (E, visits)
+    counted = by_expert.flatten().cumsum(dim=0).view_as(by_expert) - 1  # places, were there no filling
+    before = filling.cumsum(dim=0) - filling  # (E,) of the blocks of earlier experts
+    return ((counted + before[:, None]) * by_expert).sum(dim=0)
 
 
 def filled_up(visits: Tensor) -> Tensor:
@@ -156,7 +176,7 @@ def balance(scores: Tensor, top_experts: Tensor, is_token: Tensor | None) -> Rou
     Args: scores (B, T, E), top_experts (B, T, k), is_token (B, T) or None.
     """
     num_experts, top_k = scores.shape[-1], top_experts.shape[-1]
-    visits = F.one_hot(top_experts, num_experts).sum(dim=2).to(scores.dtype)  # (B, T, E)
+    visits = one_hot(top_experts, num_experts).sum(dim=2).to(scores.dtype)  # (B, T, E)
     if is_token is not None:
         visits = visits * is_token[..., None]
         scores = scores * is_token[..., None]
