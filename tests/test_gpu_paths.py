@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import create_block_mask
 
 from minimind import blocks, lora, moe
 from minimind.config import ModelConfig
 from minimind.model import BlockMask, MiniMind, attention_mask
 from minimind.train import memory, optim
+from minimind.train.compiling import parts, uncompiled
 from minimind.train.losses import negative_log_likelihood
 from minimind.train.optim import Muon
+from minimind.train.parallel import Parallel
 
 DENSE = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
 MOE = ModelConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=101, num_experts=4)
@@ -24,7 +30,7 @@ SHAPES = [(48, 64), (64, 48), (48, 64), (64, 64)]
 @pytest.fixture
 def flex_on_cpu(monkeypatch) -> None:
     monkeypatch.setattr(blocks, "usable", lambda *_: True)
-    monkeypatch.setattr(blocks, "compiled", lambda: blocks.flex_attention)
+    monkeypatch.setattr(blocks, "compiled", lambda function: function)
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
 
 
@@ -68,17 +74,43 @@ def test_a_block_mask_keeps_documents_apart(flex_on_cpu):
     assert not torch.allclose(before[0, :70], after[0, :70])
 
 
+@pytest.mark.parametrize("length", [64, 200, 512, 1000])
+def test_a_block_mask_is_what_all_scores_make_of_the_documents(length):
+    generator = torch.Generator().manual_seed(length)
+    begins = torch.rand(16, length, generator=generator) < torch.logspace(-3, -1, 16)[:, None]
+    documents = begins.cumsum(dim=1).int()
+    documents[4:8] = documents[4:8].masked_fill(torch.arange(length) > length // 3, -1)
+
+    def may_look(row, head, query, key):
+        return (query >= key) & (documents[row, query] == documents[row, key])
+
+    expected = create_block_mask(may_look, 16, None, length, length, device="cpu")
+    found = blocks.document_mask(documents)
+    assert found.shape == expected.shape
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts = getattr(expected, f"{kind}_num_blocks")
+        assert torch.equal(getattr(found, f"{kind}_num_blocks"), counts)
+        indices = getattr(expected, f"{kind}_indices")
+        counted = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(found, f"{kind}_indices")[counted], indices[counted])
+
+
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-def test_a_compiled_model_is_one_graph_for_all_batches(config, flex_on_cpu, monkeypatch):
+def test_all_layers_and_batches_share_what_is_compiled(config, flex_on_cpu, monkeypatch):
     monkeypatch.setattr(moe, "grouped", lambda *_: True)
+    monkeypatch.setattr(blocks, "compiled", torch.compile(backend="eager", fullgraph=True))
     torch._dynamo.reset()
-    model, (ids, documents) = random_model(config), packed()
-    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    counters.clear()
+    model, (ids, documents) = random_model(replace(config, num_hidden_layers=3)), packed()
+    for part in parts(model.model, Parallel(torch.device("cuda"), torch.bfloat16)):
+        part.compile(backend="eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        compiled(ids, None, documents)
+        model(ids, document_ids=documents)
+        assert counters["stats"]["unique_graphs"] == 4  # mask, angles, a layer and the last norm
         with torch._dynamo.config.patch(error_on_recompile=True):
-            found = compiled(ids.flip(0), None, documents.flip(0))[0]
-        torch.testing.assert_close(found, model.model(ids.flip(0), None, documents.flip(0))[0])
+            found = model(ids.flip(0), document_ids=documents.flip(0)).logits
+        with uncompiled(model):
+            torch.testing.assert_close(found, model(ids.flip(0), document_ids=documents.flip(0)).logits)
 
 
 def test_a_compiled_mixture_has_the_gradients_of_a_plain_one(monkeypatch):
@@ -152,7 +184,7 @@ def test_matrices_updated_together_are_what_pytorchs_muon_makes_of_each(at_once,
             a.grad = b.grad = torch.randn(a.shape, generator=generator)
         if step == 2:  # as after `zero_grad`, where a matrix took no part
             ours[1].grad = theirs[1].grad = None
-        together.update_together(together.param_groups[0])
+        together.step()
         one_by_one.step()
     for a, b, before in zip(ours, theirs, start, strict=True):
         assert (b - before).norm() > 0.1

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.model import MiniMind
-from minimind.train.optim import build_optimizers, clip_gradients
+from minimind.train.optim import Muon, build_optimizers, clip_gradients
 from minimind.train.options import TrainOptions
 from minimind.train.parallel import Parallel
 
@@ -31,6 +31,7 @@ class Engine:
             with engine.accumulate(more_to_come):
                 engine.backward(loss(engine.trained, batch))
         norm = engine.clip()
+        engine.prepare()
         engine.step(learning_rate_scale)        or engine.skip()
 
     Attributes:
@@ -82,6 +83,12 @@ class Engine:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         return clip_gradients(self.model, self.max_norm)
+
+    def prepare(self) -> None:
+        """After `clip`, what can be done for `step` while it may still come to `skip`."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.prepare()
 
     def step(self, scale: float) -> None:
         """Update the weights at `scale` times the peak learning rate."""

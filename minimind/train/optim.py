@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,14 @@ def build_optimizers(
     return optimizers
 
 
+class Update(NamedTuple):
+    """What Muon is about to do to matrices of one shape."""
+
+    matrices: list[Tensor]
+    momenta: list[Tensor]
+    direction: Tensor  # (n, A, B)
+
+
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, for sharded matrices too, and in fewer, larger products.
 
@@ -58,18 +66,34 @@ class Muon(torch.optim.Muon):
     update, and applies its part. Left to sharded products, their rounding would differ with the processes.
     """
 
+    prepared: dict[int, list[Update]] | None = None  # by the number of the parameter group
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
         if all(p.device.type in ("cuda", "cpu") and not isinstance(p, DTensor) for p in parameters):
-            for group in self.param_groups:
-                self.update_together(group)
+            for i, group in enumerate(self.param_groups):
+                updates = self.prepared[i] if self.prepared else self.updates(group)
+                for update in updates:
+                    self.apply(update, group)
+            self.prepared = None
             return None
         for parameter in parameters:
             if isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
         return super().step(closure)
 
-    def update_together(self, group: dict[str, Any]) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.prepared = None
+        super().zero_grad(set_to_none)
+
+    def prepare(self) -> None:
+        """Have a GPU work out the next step's updates, and change nothing, before it is known whether there
+        will be a step: to have that answer takes all gradients, and then the GPU would wait for more work."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if all(p.device.type == "cuda" and not isinstance(p, DTensor) for p in parameters):
+            self.prepared = {i: list(self.updates(group)) for i, group in enumerate(self.param_groups)}
+
+    def updates(self, group: dict[str, Any]) -> Iterator[Update]:
         """What PyTorch's step does to one matrix after the other, with matrices of a shape as one batch.
 
         A small model's matrices keep a GPU waiting: on an H100, 56 of them took 30 ms one by one, half as
@@ -83,30 +107,44 @@ class Muon(torch.optim.Muon):
         for matrices in of_shape.values():
             at_once = ON_CPU if matrices[0].device.type == "cpu" else len(matrices)
             for i in range(0, len(matrices), at_once):
-                self.update_batch(matrices[i : i + at_once], group)
+                yield self.update_of(matrices[i : i + at_once], group)
 
     @torch.no_grad()
-    def update_batch(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, each of which has a gradient."""
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+    def update_of(self, matrices: list[Tensor], group: dict[str, Any]) -> Update:
+        """For matrices of one shape, each of which has a gradient."""
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        update = orthogonalized(torch.stack(updates), group)
+        # Nesterov's: between the gradient and the momentum with it, lerp(g, lerp(m, g, 1 - μ), μ).
+        looking_ahead = torch._foreach_lerp(gradients_of(matrices), momenta, group["momentum"] ** 2)
+        stacked = matrices[0].new_empty((len(matrices), *matrices[0].shape), dtype=torch.bfloat16)
+        torch._foreach_copy_(list(stacked), looking_ahead)
+        # What is laid out otherwise than the weights would be added matrix by matrix.
+        direction = orthogonalized(stacked, group).to(
+            matrices[0].dtype, memory_format=torch.contiguous_format
+        )
+        return Update(matrices, momenta, direction)
+
+    @torch.no_grad()
+    def apply(self, update: Update, group: dict[str, Any]) -> None:
+        matrices, momenta, direction = update
+        torch._foreach_lerp_(momenta, gradients_of(matrices), 1 - group["momentum"])
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * 0.2 * math.sqrt(max(matrices[0].shape))  # "match_rms_adamw"
-        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-rate)
+        torch._foreach_add_(matrices, list(direction), alpha=-rate)
+
+
+def gradients_of(matrices: list[Tensor]) -> list[Tensor]:
+    return [matrix.grad for matrix in matrices if matrix.grad is not None]
 
 
 def orthogonalized(x: Tensor, group: dict[str, Any]) -> Tensor:
-    """Matrices x (n, A, B) with all singular values near 1, in bf16, by Newton and Schulz's iteration
+    """Matrices x (n, A, B) in bf16 with all singular values near 1, by Newton and Schulz's iteration
     (Jordan et al. 2024), under the settings of PyTorch's Muon."""
     a, b, c = group["ns_coefficients"]
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x).bfloat16()
+    x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT

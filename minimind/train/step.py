@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from minimind.data.batches import Batch
 from minimind.errors import UserError
@@ -125,14 +127,27 @@ def measured(
     """
     norm, parallel = trainer.engine.clip(), trainer.parallel
     values = torch.stack([torch.stack([x.logged, *x.metrics.values(), norm]) for x in losses])
-    # Fp64 for the sums; a Mac's GPU has none, and several processes add theirs up where they are.
-    values = values.to("cpu" if parallel.world_size == 1 else parallel.device).double()
+    # Fp64 for the sums; a Mac's GPU has none.
+    values = values.to("cpu" if parallel.device.type == "mps" else parallel.device).double()
     loss_sum = values[:, :1].sum(dim=0)  # (1,)
     counts = [batch.row_units.sum().item() for batch in batches]
     sums = sum(row[1:-1] * count for row, count in zip(values, counts, strict=True))  # (metrics,)
     sums = parallel.sum(torch.cat((loss_sum, sums)))
-    *sums, norm = torch.cat((sums, values[0, -1:])).tolist()
-    return norm, [value / max(units, 1) for value in sums]
+    *numbers, grad_norm = on_host(torch.cat((sums, values[0, -1:])), meanwhile=trainer.engine.prepare)
+    return grad_norm, [number / max(units, 1) for number in numbers]
+
+
+def on_host(values: Tensor, meanwhile: Callable[[], None]) -> list[float]:
+    """`values` as numbers. A GPU has what `meanwhile` gives it to do until these have led to something."""
+    if values.device.type != "cuda":
+        meanwhile()
+        return values.tolist()
+    numbers = values.to("cpu", non_blocking=True)
+    known = torch.cuda.Event()
+    known.record()
+    meanwhile()
+    known.synchronize()
+    return numbers.tolist()
 
 
 def accumulate_gradients(
