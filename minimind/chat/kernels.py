@@ -11,41 +11,20 @@ positions, V vocabulary. Arrays are contiguous, and numbers fp32, where nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
-from numba.core.caching import FunctionCache
+from numba import prange
+
+from minimind.loops import compiled
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
 REORDERED = {"reassoc", "contract", "nsz"}
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
 NO_ID = -1  # fills up lists of ids
 LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
-
-
-class CodeCache(FunctionCache):
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again
-            super().save_overload(sig, data)
-
-
-def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
-    """Compile a function when it is first called, and keep the code for other processes where that can be."""
-
-    def decorate(function: Callable) -> Callable[..., Any]:
-        # Python's error for a division by zero would keep the loop out of vector instructions.
-        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
-        with suppress(RuntimeError):  # neither this folder nor the user's cache may be written
-            dispatcher._cache = CodeCache(function)
-        return dispatcher
-
-    return decorate
 
 
 def share_threads() -> None:

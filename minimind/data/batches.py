@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from minimind.data.holdout import all_documents
 from minimind.data.segments import Documents, make_segments, slabs
 from minimind.data.store import TokenStore
 from minimind.errors import UserError
+from minimind.loops import compiled
 
 T = TypeVar("T")
 
@@ -72,6 +73,27 @@ class PairBatch(Batch):
     @property
     def row_units(self) -> torch.Tensor:
         return self.pairs_in_row
+
+
+@compiled()
+def fill(
+    tokens, classes, weight_of_class, starts, lengths, borders, ids, labels, loss_mask, positions, documents
+):
+    """Write the stretches of each row into it, one after the other; without classes all are targets.
+
+    A batch for a GPU has hundreds. Written in Python, they would keep it from the thread that feeds the GPU.
+    """
+    for row in range(len(borders) - 1):
+        column = 0
+        for stretch in range(borders[row], borders[row + 1]):
+            for i in range(lengths[stretch]):
+                source = starts[stretch] + i
+                ids[row, column] = tokens[source]
+                labels[row, column] = tokens[source + 1]
+                loss_mask[row, column] = weight_of_class[classes[source + 1]] if len(classes) else 1
+                positions[row, column] = i
+                documents[row, column] = stretch - borders[row]
+                column += 1
 
 
 class PackedDataset:
@@ -125,8 +147,14 @@ class PackedDataset:
             document_ids=np.full(shape, -1, np.int32),
             targets_at=np.empty(0, np.int64),
         )
-        for i, (starts, lengths) in enumerate(drawn):
-            self._fill(arrays, i, starts, lengths)
+        stretches, weights = self._stretches(drawn), self.store.weights
+        fill(
+            np.asarray(self.store.tokens),
+            np.empty(0, np.uint8) if weights is None else np.asarray(weights),
+            self._target_weights,
+            *(stretches.starts, stretches.lengths, stretches.borders),
+            *(arrays.input_ids, arrays.labels, arrays.loss_mask, arrays.position_ids, arrays.document_ids),
+        )
         self.store.release()  # another batch needs other pages
         arrays.targets_at = np.flatnonzero(arrays.loss_mask)
         return arrays._map(torch.from_numpy)
@@ -135,23 +163,9 @@ class PackedDataset:
         """Rows of an epoch, fewer where it ends before."""
         return self._epochs.draw(epoch, row_start, min(row_start + row_count, self.num_rows))
 
-    def _fill(self, arrays: Batch, i: int, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """Write segments one after the other into row `i`."""
-        tokens, weights = self.store.tokens, self.store.weights
-        column = 0
-        for number, (start, length) in enumerate(self._stretches(starts, lengths)):
-            here = np.s_[i, column : column + length]
-            labels = np.s_[start + 1 : start + 1 + length]
-            arrays.input_ids[here] = tokens[start : start + length]
-            arrays.labels[here] = tokens[labels]
-            arrays.loss_mask[here] = 1 if weights is None else self._target_weights[weights[labels]]
-            arrays.position_ids[here] = np.arange(length)
-            arrays.document_ids[here] = number
-            column += length
-
-    def _stretches(self, starts: np.ndarray, lengths: np.ndarray) -> Iterable[tuple[int, int]]:
+    def _stretches(self, drawn: Drawn) -> Drawn:
         """Where each stretch of a document begins in the store, and how many positions it takes."""
-        return zip(starts, lengths, strict=True)
+        return drawn
 
     def tokens(self, epoch: int, rows: int) -> int:
         """Positions with a token in the first `rows` rows of an epoch."""
@@ -199,11 +213,11 @@ class PairDataset(PackedDataset):
             reference=self.reference[pairs],
         )
 
-    def _stretches(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    def _stretches(self, drawn: Drawn) -> Drawn:
+        chosen = self.store.documents_at(drawn.starts)
+        starts = np.stack((chosen, chosen + 1), axis=1).flatten()
         offsets = self.store.offsets
-        for chosen in self.store.documents_at(starts):
-            for document in (chosen, chosen + 1):
-                yield offsets[document], offsets[document + 1] - offsets[document] - 1
+        return Drawn(offsets[starts], offsets[starts + 1] - offsets[starts] - 1, 2 * drawn.borders)
 
 
 def line_without_target(store: TokenStore) -> int | None:

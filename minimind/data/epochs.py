@@ -7,7 +7,6 @@ segment (`batches` sees to that), so it means nothing which segments share a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +29,6 @@ class Drawn:
 
     def __len__(self) -> int:
         return len(self.borders) - 1
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(starts, lengths) of each row."""
-        for first, end in zip(self.borders, self.borders[1:], strict=False):
-            yield self.starts[first:end], self.lengths[first:end]
 
 
 class Epochs:

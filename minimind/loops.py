@@ -1,0 +1,33 @@
+"""Loops in Python that Numba compiles: for what takes longer in calls of NumPy or PyTorch than in itself.
+
+The first call on a machine compiles; the code is kept beside the file of the loop or in the user's cache.
+While a loop runs, other threads have Python to themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from numba import njit
+from numba.core.caching import FunctionCache
+
+
+class CodeCache(FunctionCache):
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again
+            super().save_overload(sig, data)
+
+
+def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
+    """Compile a function when it is first called, and keep the code for other processes where that can be."""
+
+    def decorate(function: Callable) -> Callable[..., Any]:
+        # Python's error for a division by zero would keep the loop out of vector instructions.
+        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError):  # neither this folder nor the user's cache may be written
+            dispatcher._cache = CodeCache(function)
+        return dispatcher
+
+    return decorate
