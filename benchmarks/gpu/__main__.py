@@ -4,24 +4,25 @@
     python -m benchmarks.gpu --device cpu --dry_run 1         the same code with tiny models, anywhere
 
 Results are checked against the CPU's, while all that will be measured is compiled, several at once. Then
-every preset pretrains and every other stage trains `small`, with default flags, each in a process of its own:
-one that fails is a row with its error. `wide` is the dense model of as much work as `moe`. The MFU leaves
-attention out, and is given against the measured rate of bf16 products and against the card's data sheet.
+every preset pretrains and every other stage trains `small`, with default flags, each in a process of its own
+and one at a time: one that fails is a row with its error. `wide` is the dense model of as much work as `moe`.
+The MFU leaves attention out, and is given against the measured rate of bf16 products and against the card's
+data sheet.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.data import RECORDS, write_data
-from benchmarks.gpu.jobs import caught, in_own_process
+from benchmarks.gpu.jobs import OwnProcess, caught
 from benchmarks.gpu.report import card_of, show, with_shares
 from benchmarks.side_by_side import write_results
 from minimind.environment import environment
@@ -29,9 +30,9 @@ from minimind.errors import UserError, run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, ROOT
 
-BOX = 150  # seconds for a job, of which compiling takes the most; the checks may take twice as long
-AT_ONCE = 4  # jobs that compile
-STRETCH_SECONDS, STRETCH_STEPS = 50, 300  # of a real run: so many steps, fewer if they would take longer
+BOX = 200  # seconds to get ready, of which compiling takes the most, and as many for the rest
+ROOM = 10e9  # bytes
+STRETCH_SECONDS, STRETCH_STEPS = 30, 1000  # of a real run: so many steps, fewer if they would take longer
 
 
 @dataclass(frozen=True)
@@ -81,32 +82,47 @@ def measure_all(options: BenchmarkOptions, data: Path, end: float) -> dict[str, 
     from benchmarks.gpu.speed import Job, Setting, measure, stretch
 
     setting = Setting(options.device, data, options.seconds, options.dry_run)
-
-    def job(function: Any, *arguments: Any) -> Any:
-        print(f"{time.perf_counter() - began:4.0f} s:", function.__name__, *arguments[:-1], flush=True)
-        if options.dry_run:  # a process for each would take longer than all else
-            return caught(function, *arguments)
-        left = end - time.perf_counter()
-        if left < 5:
-            return {"error": "no time was left"}
-        return in_own_process(min(2 * BOX if function is all_checks else BOX, left), function, *arguments)
-
-    began = time.perf_counter()
     jobs = [Job("pretrain", preset) for preset in ("small", "base", "moe", "wide")]
     jobs += [Job(stage, "small") for stage in ("sft", "dpo", "lora", "reason", "distill")]
     jobs += [Job("pretrain", "tiny")]
-    with ThreadPoolExecutor(1 if options.dry_run else AT_ONCE) as pool:
-        checked = pool.submit(job, all_checks, setting)
-        if not options.dry_run:  # what comes of it is left in the compiler's cache
-            list(pool.map(lambda each: job(measure, each, replace(setting, seconds=0.0)), jobs))
-        checks = checked.result()
-    rate = job(peak_rate, setting)
-    speed = [vars(each) | job(measure, each, setting) for each in jobs[:1]]
-    run = job(stretch, stretch_steps(speed[0], options.dry_run), setting)
-    speed += [vars(each) | job(measure, each, setting) for each in jobs[1:]]
+    calls = [(all_checks, setting), (peak_rate, setting), *((measure, job, setting) for job in jobs)]
+    checks, rate, *speed = in_turn(calls, options, end)
+    speed = [vars(job) | row for job, row in zip(jobs, speed, strict=True)]
+    (run,) = in_turn([(stretch, stretch_steps(speed[0], options.dry_run), setting)], options, end)
     if isinstance(checks, dict):
         checks = [{"model": "all", "check": "all", "value": None, "limit": None, "passed": False, **checks}]
     return {"matmul_bf16": rate, "checks": checks, "speed": speed, "stretch": run}
+
+
+def in_turn(calls: list[tuple], options: BenchmarkOptions, end: float) -> list[Any]:
+    """What each call returns. As many as fit beside each other get ready together, and go on in turn."""
+    if options.dry_run:  # a process for each would take longer than all else
+        return [caught(*call) for call in calls]
+    results: list[Any] = []
+    at_once = calls_at_once(options.device)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
+    for start in range(0, len(calls), at_once):
+        processes = [
+            OwnProcess(*call) for call in calls[start : start + at_once] if time.perf_counter() < end
+        ]
+        for process in processes:
+            process.ready(min(BOX, end - time.perf_counter()))
+        for process, (function, *arguments) in zip(processes, calls[start:], strict=False):
+            print(
+                f"{time.perf_counter() - end + 60 * options.minutes:4.0f} s:",
+                function.__name__,
+                *arguments[:-1],
+            )
+            results.append(process.result(min(BOX, end - time.perf_counter())))
+    return results + [{"error": "no time was left"}] * (len(calls) - len(results))
+
+
+def calls_at_once(device: str) -> int:
+    """As many as have a core and room on the GPU for their weights while they wait for each other."""
+    import torch
+
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(os.cpu_count() or 1, int(memory / ROOM)))
 
 
 def stretch_steps(small: dict[str, Any], dry_run: bool) -> int:

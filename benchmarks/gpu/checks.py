@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.gpu.jobs import caught
+from benchmarks.gpu.jobs import caught, wait_for_turn
 from benchmarks.gpu.speed import Setting
 from minimind import moe
 from minimind.chat.generate import generate_batch
@@ -31,6 +31,7 @@ from minimind.evaluate.endings import Item, log_likelihoods
 from minimind.model import BlockMask, MiniMind, attention_mask
 from minimind.stages.pretrain import PretrainOptions
 from minimind.tokenizer import Tokenizer
+from minimind.train.compiling import parts
 from minimind.train.datasets import rows_of
 from minimind.train.loop import Stage, Trainer
 from minimind.train.losses import at_targets
@@ -46,6 +47,7 @@ BALANCE = 0.1  # coefficient of the experts' balance loss
 
 def peak_rate(setting: Setting) -> float:
     """Floating-point operations a second of a large bf16 product here."""
+    wait_for_turn()
     return matmul_rate(choose_device(setting.device), torch.bfloat16)
 
 
@@ -101,8 +103,8 @@ def loss_and_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """The mean loss, and the gradient of each parameter, computed on `device`, compiled with a `backend`."""
     model = copy.deepcopy(model).to(device)
-    if backend:
-        model.model.compile(backend=backend)
+    for part in parts(model.model, Parallel(device, dtype)) if backend else ():
+        part.compile(backend=backend)
     batch = batch.to(device)
     with torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext():
         loss = NextToken().loss(model, batch, BALANCE).total / batch.num_target_tokens

@@ -62,8 +62,8 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"one epoch of pretrain_hq ({EPOCH_TOKENS:,.0f} tokens) on small, {name}: {shown}")
     if "error" not in run:
         console.print(
-            f"the stretch: {run['steps']} steps in {run['run_s']:.0f} s with evaluation and checkpoints, "
-            f"{run['compile_s']:.0f} s of them compiling; "
+            f"the stretch: {run['steps']} steps in {run['run_s']:.0f} s, of which {run['rest_s']:.0f} s were "
+            "start, compiling, evaluations, saving and report; "
             f"loss {run['first_loss']:.3f} → {run['last_loss']:.3f}"
         )
 

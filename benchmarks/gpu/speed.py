@@ -6,18 +6,24 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from benchmarks.gpu.data import FILES
+from benchmarks.gpu.jobs import wait_for_turn
 from benchmarks.moe_speed import WideMLP
 from minimind.config import PRESETS
 from minimind.data.batches import prefetch
 from minimind.estimate import STAGES, clock, for_trial
+from minimind.train import loop
 from minimind.train.cost import peak_memory
 from minimind.train.loop import Trainer
 from minimind.train.parallel import setup
@@ -75,20 +81,39 @@ def build(job: Job, setting: Setting, folder: Path, **more: Any) -> Trainer:
 
 
 def measure(job: Job, setting: Setting) -> dict[str, Any]:
-    """Useful tokens a second, floating-point operations a token, and the peak of memory."""
+    """Useful tokens a second, floating-point operations a token, and the peak of memory.
+
+    All that compiles and warms up may happen beside other jobs, what is measured not. The GPU is waited for
+    before it and after: in between it is as in a run, where the next pass is prepared during an update.
+    """
     with tempfile.TemporaryDirectory(prefix="minimind_gpu_") as folder:
         began = time.perf_counter()
         trainer = build(job, setting, Path(folder))
         built = time.perf_counter()
-        seconds, tokens = [], []
-        while not seconds:  # out of memory: as a run does, again with fewer rows at once
-            seconds, tokens, loss = timed_steps(trainer, setting.seconds)
-        counted = seconds[WARM_UP:]
+        shares, steps = trainer.shares, warmed_up(trainer)
+        warm = time.perf_counter()
+        if trainer.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()  # it is the others' now
+        wait_for_turn()
+        if steps is None:  # memory ran out, perhaps only because of the others
+            trainer.shares = shares
+        while steps is None:  # as a run does, again with fewer rows at once
+            steps = warmed_up(trainer)
+        seconds, tokens, last = [], [], clock(trainer)
+        with closing(steps):
+            for values in steps:
+                now = time.perf_counter()
+                seconds.append(now - last)
+                tokens.append(values["tokens"])
+                last = now
+                if sum(seconds) > setting.seconds:
+                    break
+        seconds[-1] += clock(trainer) - last
         return {
-            "tokens_per_s": sum(tokens[WARM_UP:]) / sum(counted),
-            "step_s": statistics.median(counted),
-            "slowest_step_s": max(counted),
-            "steps": len(counted),
+            "tokens_per_s": sum(tokens) / sum(seconds),
+            "step_s": statistics.median(seconds),
+            "slowest_step_s": max(seconds),
+            "steps": len(seconds),
             "rows": [trainer.shares.rows_per_step, trainer.options.max_seq_len],
             "rows_at_once": trainer.shares.rows_at_once,
             "padding": trainer.data.padding_fraction,
@@ -97,49 +122,63 @@ def measure(job: Job, setting: Setting) -> dict[str, Any]:
             "dtype": str(trainer.parallel.dtype).removeprefix("torch."),
             "compiled": trainer.compiled,
             "build_s": built - began,
-            "compile_s": sum(seconds[:WARM_UP]) - WARM_UP * statistics.median(counted),
-            "last_loss": loss,
+            "compile_s": warm - built - WARM_UP * statistics.median(seconds),
+            "last_loss": values["loss"],
         }
 
 
-def timed_steps(trainer: Trainer, enough: float) -> tuple[list[float], list[int], float]:
-    """Seconds and useful tokens of each step, and the last loss; empty when memory ran out."""
-    seconds, tokens = [], []
+Steps = Generator[dict[str, float], None, None]
+
+
+def warmed_up(trainer: Trainer) -> Steps | None:
+    """The steps of `trainer` after those that compile; None when memory ran out, and it will use less."""
+    steps = steps_of(trainer)
+    if sum(1 for _ in islice(steps, WARM_UP)) < WARM_UP:
+        return None
+    clock(trainer)
+    return steps
+
+
+def steps_of(trainer: Trainer) -> Steps:
+    """What each step logs, until memory runs out."""
     with closing(prefetch(trainer.step_batches(0))) as steps:
-        last = clock(trainer)
         for step, batches in enumerate(steps):
             values = optimizer_step(trainer, step, batches, StopSignals())
             if values is None:
-                return [], [], 0.0
-            now = clock(trainer)
-            seconds.append(now - last)
-            tokens.append(values["tokens"])
-            last = now
-            if len(seconds) > WARM_UP and sum(seconds[WARM_UP:]) > enough:
-                break
-    return seconds, tokens, values["loss"]
+                return
+            yield values
 
 
 def stretch(steps: int, setting: Setting) -> dict[str, Any]:
-    """A whole run of `small` of so many steps, with evaluation, log and checkpoints; and from it an epoch.
+    """A whole run of `small` of so many steps, with evaluations, log and checkpoints; and from it an epoch.
 
-    All but the compiling is taken to grow with the tokens: a little too much, as evaluations do not.
+    A run has as many evaluations whatever its length. So an epoch is taken to have its steps at the median
+    pace of these, and everything else once: the start, compiling, the evaluations, saving and the report.
     """
+    ends = []
+
+    def step_ended(*arguments: Any) -> dict[str, float] | None:
+        values = optimizer_step(*arguments)
+        ends.append(time.perf_counter())
+        return values
+
     with tempfile.TemporaryDirectory(prefix="minimind_gpu_") as folder:
-        trainer = build(Job("pretrain", "small"), setting, Path(folder), max_steps=steps, eval_interval=steps)
-        began = clock(trainer)
-        trainer.run()
+        began = time.perf_counter()
+        trainer = build(Job("pretrain", "small"), setting, Path(folder), max_steps=steps)
+        with patch.object(loop, "optimizer_step", step_ended):
+            trainer.run()
         run = clock(trainer) - began
         lines = (trainer.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        logged = [line for line in map(json.loads, lines) if "loss" in line]
-    durations = [line["tokens"] / line["tokens_per_s"] for line in logged]
-    start = max(0.0, sum(durations[:WARM_UP]) - WARM_UP * statistics.median(durations))
+        losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    step_s = statistics.median(after - before for before, after in pairwise(ends))
+    rest = run - steps * step_s
     return {
         "steps": steps,
         "tokens": trainer.tokens,
         "run_s": run,
-        "compile_s": start,
-        "first_loss": logged[0]["loss"],
-        "last_loss": logged[-1]["loss"],
-        "epoch_h": (start + (run - start) * EPOCH_TOKENS / trainer.tokens) / 3600,
+        "step_s": step_s,
+        "rest_s": rest,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "epoch_h": (rest + step_s * steps * EPOCH_TOKENS / trainer.tokens) / 3600,
     }

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu import checks
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.data import FILES, write_data
-from benchmarks.gpu.jobs import in_own_process
+from benchmarks.gpu.jobs import OwnProcess, in_own_process, wait_for_turn
 from benchmarks.gpu.report import data_sheet
 from benchmarks.gpu.speed import Setting
 from minimind import model as model_file
@@ -46,9 +46,9 @@ def test_what_an_epoch_takes(results):
     assert (small["stage"], small["preset"]) == ("pretrain", "small")
     assert results["epoch_hours"]["extrapolated"] == pytest.approx(330e6 / small["tokens_per_s"] / 3600)
     run = results["stretch"]
-    per_token = (run["run_s"] - run["compile_s"]) / run["tokens"]
+    assert 0 < run["rest_s"] == pytest.approx(run["run_s"] - run["steps"] * run["step_s"])
     assert results["epoch_hours"]["from_the_stretch"] * 3600 == pytest.approx(
-        330e6 * per_token + run["compile_s"]
+        run["rest_s"] + 330e6 * run["step_s"] * run["steps"] / run["tokens"]
     )
 
 
@@ -120,6 +120,30 @@ def test_a_fault_a_hang_and_a_death_are_rows():
     assert "ZeroDivisionError" in in_own_process(60, divmod, 1, 0)["error"]
     assert "more than 1 s" in in_own_process(1, time.sleep, 60)["error"]
     assert "code 3" in in_own_process(60, os._exit, 3)["error"]
+
+
+def note_turn(path: Path) -> str:
+    path.with_suffix(".ready").touch()
+    wait_for_turn()
+    path.with_suffix(".done").touch()
+    return path.name
+
+
+def test_processes_get_ready_together_and_go_on_in_turn(tmp_path):
+    names = [tmp_path / name for name in "ab"]
+    processes = [OwnProcess(note_turn, name) for name in names]
+    for process in processes:
+        process.ready(60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ready", "b.ready"]
+    assert processes[1].result(60) == "b"
+    assert not (tmp_path / "a.done").exists()
+    assert processes[0].result(60) == "a"
+
+
+def test_a_process_that_dies_before_its_turn_is_a_row():
+    process = OwnProcess(os._exit, 3)
+    process.ready(60)
+    assert "code 3" in process.result(60)["error"]
 
 
 @pytest.mark.parametrize(
