@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from benchmarks.comparisons import (
@@ -141,11 +142,12 @@ def quality_row(preset: str, race: Race, pick: Pick) -> list[str]:
 
 
 def gpu(result: Result, pick: Pick) -> str:
-    measured = result["peak_flops"]["measured"]
-    peak = f"{measured / 1e12:,.0f}" if measured else "?"
+    peaks = result["peak_flops"]
+    rate, sheet = (f"{peaks[of] / 1e12:,.0f}" if peaks[of] else "?" for of in ("measured", "data_sheet"))
     head = pick(
-        f"预训练|有效 token/s|占实测 bf16 速率（{peak} TFLOP/s）|峰值显存",
-        f"pretraining|useful tokens/s|of the measured bf16 rate ({peak} TFLOP/s)|peak memory",
+        f"预训练|有效 token/s|占实测 bf16 速率（{rate} TFLOP/s）|占标称速率（{sheet}）|峰值显存",
+        f"pretraining|useful tokens/s|of the measured bf16 rate ({rate} TFLOP/s)"
+        f"|of the data sheet's ({sheet})|peak memory",
     )
     wide = pick("与 `moe` 计算量相同的稠密模型", "dense model of as much work as `moe`")
     rows, rates = [], {}
@@ -153,8 +155,8 @@ def gpu(result: Result, pick: Pick) -> str:
         if row["stage"] == "pretrain" and "error" not in row:
             name = wide if row["preset"] == "wide" else f"`{row['preset']}`"
             rates[row["preset"]] = row["tokens_per_s"]
-            share = f"{row['mfu_measured']:.0%}" if measured else "?"
-            rows.append([name, f"{round(row['tokens_per_s'], -3):,.0f}", share, f"{row['peak_gb']:.1f} GB"])
+            shares = [f"{row[f'mfu_{of}']:.0%}" if row[f"mfu_{of}"] else "?" for of in peaks]
+            rows.append([name, f"{round(row['tokens_per_s'], -3):,.0f}", *shares, f"{row['peak_gb']:.1f} GB"])
     parts = (table(head.split("|"), rows), epochs(result, rates, pick), whole_run(result, pick))
     return "\n\n".join(part for part in parts if part)
 
@@ -183,14 +185,18 @@ def whole_run(result: Result, pick: Pick) -> str:
             f"A run with evaluation and checkpoints failed: {error}.",
         )
     else:
-        steps, seconds = f"{run['steps']:,}", f"{run['run_s']:.0f}"
+        steps, seconds, rest = f"{run['steps']:,}", f"{run['run_s']:.0f}", f"{run['rest_s']:.0f}"
+        minutes = f"{result['epoch_hours']['from_the_stretch'] * 60:.1f}"
         ended = pick(
-            f"带评估和检查点的 {steps} 步用了 {seconds} 秒。",
-            f"{steps} steps with evaluation and checkpoints took {seconds} s.",
+            f"`small` 完整的一次运行，{steps} 步用了 {seconds} 秒，其中启动、编译、评估、保存和报告共 "
+            f"{rest} 秒；照此整个 epoch 是 {minutes} 分钟。",
+            f"A whole run of `small`, {steps} steps, took {seconds} s, {rest} of them for start, compiling, "
+            f"evaluations, saving and report; so an epoch takes {minutes} minutes.",
         )
     passed, failed = sum(check["passed"] for check in checks), ""
     wrong = [
-        f"{' '.join(dict.fromkeys((c['model'], c['check'])))}: {c.get('error') or format(c['value'], '.2g')}"
+        f"{' '.join(dict.fromkeys((c['model'], c['check'])))}: "
+        + (shorten(c["error"], 45, placeholder=" …") if "error" in c else format(c["value"], ".2g"))
         for c in checks
         if not c["passed"]
     ]

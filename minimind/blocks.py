@@ -35,9 +35,10 @@ def usable(device: torch.device, head_dim: int) -> bool:
 def document_mask(document_ids: Tensor) -> BlockMask:
     """Which blocks of scores to compute, and the rule within them, for `document_ids` (B, T) as in `Batch`.
 
-    Compiled, as otherwise its hundred small operations keep a GPU waiting at the start of each step.
+    Compiled, as otherwise its hundred small operations keep a GPU waiting at the start of each step; and for
+    each shape anew: with sizes that may change, PyTorch 2.11 cannot compile it for a GPU ("CantSplit").
     """
-    return compiled(mask_of_blocks)(document_ids)
+    return compiled(mask_of_blocks, dynamic=False)(document_ids)
 
 
 def mask_of_blocks(document_ids: Tensor) -> BlockMask:
@@ -76,6 +77,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor
 
 
 @cache
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
+def compiled(function: Callable[..., T], dynamic: bool | None = None) -> Callable[..., T]:
     """Made at the first use: importing the compiler takes seconds that a CPU need not pay."""
-    return torch.compile(function)
+    return torch.compile(function, dynamic=dynamic)

@@ -61,6 +61,7 @@ GPUS = {  # cards without bf16 (V100, T4) are not here: on them training is in f
     "A100-80GB": GPU(312, 80),
     "H20": GPU(148, 96),
     "H100": GPU(989, 80),
+    "H200": GPU(989, 141),
 }
 
 

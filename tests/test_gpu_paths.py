@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ SHAPES = [(48, 64), (64, 48), (48, 64), (64, 64)]
 @pytest.fixture
 def flex_on_cpu(monkeypatch) -> None:
     monkeypatch.setattr(blocks, "usable", lambda *_: True)
-    monkeypatch.setattr(blocks, "compiled", lambda function: function)
+    monkeypatch.setattr(blocks, "compiled", lambda function, **_: function)
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
 
 
@@ -98,7 +99,7 @@ def test_a_block_mask_is_what_all_scores_make_of_the_documents(length):
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 def test_all_layers_and_batches_share_what_is_compiled(config, flex_on_cpu, monkeypatch):
     monkeypatch.setattr(moe, "grouped", lambda *_: True)
-    monkeypatch.setattr(blocks, "compiled", torch.compile(backend="eager", fullgraph=True))
+    monkeypatch.setattr(blocks, "compiled", partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     counters.clear()
     model, (ids, documents) = random_model(replace(config, num_hidden_layers=3)), packed()

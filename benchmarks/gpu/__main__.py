@@ -108,12 +108,9 @@ def in_turn(calls: list[tuple], options: BenchmarkOptions, end: float) -> list[A
         for process in processes:
             process.ready(min(BOX, end - time.perf_counter()))
         for process, (function, *arguments) in zip(processes, calls[start:], strict=False):
-            print(
-                f"{time.perf_counter() - end + 60 * options.minutes:4.0f} s:",
-                function.__name__,
-                *arguments[:-1],
-            )
-            results.append(process.result(min(BOX, end - time.perf_counter())))
+            left = end - time.perf_counter()
+            print(f"{60 * options.minutes - left:4.0f} s:", function.__name__, *arguments[:-1], flush=True)
+            results.append(process.result(min(BOX, left)))
     return results + [{"error": "no time was left"}] * (len(calls) - len(results))
 
 

@@ -219,7 +219,7 @@ def short_training(config: ModelConfig, setting: Setting, device: str) -> tuple[
             max_seq_len=128,
             batch_size=4 if setting.dry_run else 16,
             accumulation_steps=1,
-            learning_rate=1e-2,
+            learning_rate=2e-3,
             warmup_iters=0,
             dtype="float32",
             compile="0",

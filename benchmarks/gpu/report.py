@@ -58,7 +58,7 @@ def show(results: dict[str, Any]) -> None:
     console.print(checks_table(results["checks"]), speed_table(results), sep="\n")
     run, hours = results["stretch"], results["epoch_hours"]
     for name, value in hours.items():
-        shown = f"{value:.2f} h" if value else f"unknown ({run.get('error', 'see above')})"
+        shown = f"{60 * value:.1f} minutes" if value else f"unknown ({run.get('error', 'see above')})"
         console.print(f"one epoch of pretrain_hq ({EPOCH_TOKENS:,.0f} tokens) on small, {name}: {shown}")
     if "error" not in run:
         console.print(

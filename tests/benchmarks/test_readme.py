@@ -125,6 +125,7 @@ def test_a_gpu_that_fails_is_shown(undrawn):
         result["speed"][0] = {"stage": "pretrain", "preset": "small", "error": "out of memory"}
         result["matmul_bf16"] = {"error": "lost"}
         result["peak_flops"]["measured"] = result["epoch_hours"]["extrapolated"] = None
+        result["speed"][1] |= {"tokens_per_s": 453_210, "mfu_data_sheet": 0.286, "peak_gb": 29.64}
         for row in result["speed"][1:]:
             row["mfu_measured"] = None
 
@@ -133,7 +134,7 @@ def test_a_gpu_that_fails_is_shown(undrawn):
     text = (undrawn / "README_en.md").read_text(encoding="utf-8")
     table = text[text.index("<!-- result: gpu -->") :]
     assert "| `small` |" not in table[: table.index("<!-- end -->")]
-    assert "| `base` | 453,000 | ? | 29.6 GB |" in text
+    assert "| `base` | 453,000 | ? | 29% | 29.6 GB |" in text
 
 
 @pytest.mark.parametrize(
