@@ -316,8 +316,8 @@ class MiniMind(nn.Module):
         Args:
             input_ids: (B, T) token ids.
             position_ids: (B, T) positions for the rotation; by default 0, 1, 2, …
-            document_ids: (B, T) numbers that tell packed documents apart; attention stays within equal
-                numbers, and -1 marks padding. None: one document a row.
+            document_ids: (B, T) numbers that tell packed documents apart, ascending in each row; attention
+                stays within equal numbers, and -1 marks padding, at the end. None: one document a row.
             logits_at: (M,) flat indices into the B·T positions whose logits are wanted. The vocabulary
                 is the widest product of a small model, so a loss on answers alone asks for those alone.
 

@@ -81,7 +81,7 @@ def compiler_options(device: str) -> dict[str, str] | None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model runs as it is written; only a GPU's attention kernel stays compiled."""
+    """Within this context the model runs as it is written; a GPU's attention and its mask stay compiled."""
     compiled = {module: module._compiled_call_impl for module in model.modules()}
     try:
         for module in compiled:
