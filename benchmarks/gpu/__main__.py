@@ -105,12 +105,18 @@ def in_turn(calls: list[tuple], options: BenchmarkOptions, end: float) -> list[A
         processes = [
             OwnProcess(*call) for call in calls[start : start + at_once] if time.perf_counter() < end
         ]
-        for process in processes:
-            process.ready(min(BOX, end - time.perf_counter()))
-        for process, (function, *arguments) in zip(processes, calls[start:], strict=False):
-            left = end - time.perf_counter()
-            print(f"{60 * options.minutes - left:4.0f} s:", function.__name__, *arguments[:-1], flush=True)
-            results.append(process.result(min(BOX, left)))
+        try:
+            for process in processes:
+                process.ready(min(BOX, end - time.perf_counter()))
+            for process, (function, *arguments) in zip(processes, calls[start:], strict=False):
+                left = end - time.perf_counter()
+                print(
+                    f"{60 * options.minutes - left:4.0f} s:", function.__name__, *arguments[:-1], flush=True
+                )
+                results.append(process.result(min(BOX, left)))
+        finally:  # Python would wait at its end for those that wait for their turn
+            for process in processes:
+                process.end()
     return results + [{"error": "no time was left"}] * (len(calls) - len(results))
 
 

@@ -36,9 +36,12 @@ class OwnProcess:
                 self.connection.send("your turn")
         while not self.results:
             self.results += self.next_message(seconds)
+        self.end()
+        return self.results[0]
+
+    def end(self) -> None:
         self.process.kill()
         self.process.join()
-        return self.results[0]
 
     def next_message(self, seconds: float) -> list[Any]:
         """The result, or nothing where it waits for its turn."""
