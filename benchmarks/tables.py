@@ -157,8 +157,29 @@ def gpu(result: Result, pick: Pick) -> str:
             rates[row["preset"]] = row["tokens_per_s"]
             shares = [f"{row[f'mfu_{of}']:.0%}" if row[f"mfu_{of}"] else "?" for of in peaks]
             rows.append([name, f"{round(row['tokens_per_s'], -3):,.0f}", *shares, f"{row['peak_gb']:.1f} GB"])
-    parts = (table(head.split("|"), rows), epochs(result, rates, pick), whole_run(result, pick))
+    stages = stages_on_gpu(result, pick)
+    parts = (table(head.split("|"), rows), epochs(result, rates, pick), stages, whole_run(result, pick))
     return "\n\n".join(part for part in parts if part)
+
+
+def stages_on_gpu(result: Result, pick: Pick) -> str:
+    """What comes after pretraining, with passes of the default size."""
+    head = pick(
+        "`small` 之后的阶段|每次的行数 × 长度|每步|有效 token/s|峰值显存",
+        "`small` in later stages|rows a pass × length|step|useful tokens/s|peak memory",
+    )
+    rows = [
+        [
+            f"`{row['stage']}`",
+            f"{row['rows_at_once']} × {row['rows'][1]:,}",
+            f"{row['step_s'] * 1000:.1f} ms",
+            f"{round(row['tokens_per_s'], -3):,.0f}",
+            f"{row['peak_gb']:.1f} GB",
+        ]
+        for row in result["speed"]
+        if row["stage"] != "pretrain" and "error" not in row
+    ]
+    return table(head.split("|"), rows) if rows else ""
 
 
 def epochs(result: Result, rates: dict[str, float], pick: Pick) -> str:

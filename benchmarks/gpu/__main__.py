@@ -30,7 +30,7 @@ from minimind.errors import UserError, run_cli
 from minimind.flags import flag, parse_flags
 from minimind.paths import DATASET_DIR, ROOT
 
-BOX = 200  # seconds to get ready, of which compiling takes the most, and as many for the rest
+BOX = 240  # seconds to get ready, of which compiling takes the most, and as many for the rest
 ROOM = 10e9  # bytes
 STRETCH_SECONDS, STRETCH_STEPS = 30, 1000  # of a real run: so many steps, fewer if they would take longer
 

@@ -33,6 +33,7 @@ from minimind.stages.pretrain import PretrainOptions
 from minimind.tokenizer import Tokenizer
 from minimind.train.compiling import parts
 from minimind.train.datasets import rows_of
+from minimind.train.graphs import PASSES_BEFORE, replay_passes
 from minimind.train.loop import Stage, Trainer
 from minimind.train.losses import at_targets
 from minimind.train.monitor import matmul_rate
@@ -42,6 +43,7 @@ from minimind.train.signals import StopSignals
 from minimind.train.step import optimizer_step
 
 Check = dict[str, Any]
+THREADS = 4  # of the CPU that a GPU is compared with
 BALANCE = 0.1  # coefficient of the experts' balance loss
 
 
@@ -53,13 +55,15 @@ def peak_rate(setting: Setting) -> float:
 
 def all_checks(setting: Setting) -> list[Check]:
     torch.set_float32_matmul_precision("highest")
+    # The others compile meanwhile, and threads that wait for each other wait for all of them.
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     device = choose_device(setting.device)
     size = (64, 1) if setting.dry_run else (256, 4)
     dense = ModelConfig(hidden_size=size[0], num_hidden_layers=size[1], num_attention_heads=4)
     checks = []
     for kind, config in (("dense", dense), ("moe", replace(dense, num_experts=4))):
         model, batch = random_model(config), packed_batch(setting)
-        for make in (against_cpu, in_bf16, apart, compiled, endings):
+        for make in (against_cpu, in_bf16, apart, compiled, replayed, endings):
             checks += run(kind, make, model, batch, device)
         checks += run(kind, training_and_answers, config, setting)
     checks += run("moe", experts_together, device)
@@ -167,6 +171,29 @@ def compiled(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Ch
     yield check("loss, compiled against eager, bf16", (loss / eager - 1).abs(), 2e-3)
     limit = 0.4 if model.config.num_experts else 0.1
     yield check("gradients, compiled against eager, bf16", distance(gradients, eager_gradients), limit)
+
+
+def replayed(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check]:
+    """Passes from CUDA graphs against passes without, in steps of two."""
+    if device.type != "cuda":
+        return
+    parallel, batch = Parallel(device, torch.bfloat16), batch.to(device)
+    plain, recorded = (copy.deepcopy(model).to(device) for _ in range(2))
+    for part in (*parts(plain.model, parallel), *parts(recorded.model, parallel)):
+        part.compile()
+    replay_passes(recorded, parallel)
+    for step in range(PASSES_BEFORE + 1):
+        for trained in (plain, recorded):
+            trained.zero_grad()
+            for i in range(2):
+                ids = (batch.input_ids + step + i) % model.config.vocab_size
+                with parallel.autocast():
+                    loss = NextToken().loss(trained, replace(batch, input_ids=ids), BALANCE)
+                (loss.total / batch.num_target_tokens).backward()
+            del loss  # a recording would wait for what is left of it
+    yield check("nothing was recorded", float(recorded.model.forward.recorded is None), 0)
+    gradients = [[p.grad for p in trained.parameters()] for trained in (recorded, plain)]
+    yield check("gradients, replayed against launched, bf16", distance(*gradients), 1e-2)
 
 
 def endings(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Check]:

@@ -32,6 +32,8 @@ class Distillation(Objective):
         how_to_make: the command that makes them, for the message when there are none.
     """
 
+    teacher: MiniMind
+
     def __init__(self, teacher_path: Path, how_to_make: str, alpha: float, temperature: float) -> None:
         self.teacher_path, self.how_to_make = teacher_path, how_to_make
         self.alpha, self.temperature = alpha, temperature

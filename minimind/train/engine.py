@@ -42,6 +42,7 @@ class Engine:
     def __init__(self, model: MiniMind, options: TrainOptions, parallel: Parallel) -> None:
         self.model, self.parallel = model, parallel
         self.trained = self.wrap(model)
+        self.parameters = list(model.parameters())
         self.max_norm = options.grad_clip or math.inf
         self.optimizers = build_optimizers(
             model,
@@ -82,7 +83,7 @@ class Engine:
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        return clip_gradients(self.model, self.max_norm)
+        return clip_gradients(self.parameters, self.max_norm)
 
     def prepare(self) -> None:
         """After `clip`, what can be done for `step` while it may still come to `skip`."""

@@ -41,6 +41,7 @@ from minimind.train.compiling import compile_decoder, compiler_errors_explained
 from minimind.train.cost import Cost, device_name, peak_memory
 from minimind.train.datasets import load_datasets
 from minimind.train.engine import build_engine
+from minimind.train.graphs import replay_passes
 from minimind.train.loggers import RunInfo, check_installed
 from minimind.train.memory import memory_errors_explained, rows_that_fit, rows_worthwhile
 from minimind.train.monitor import Monitor, matmul_rate, training_flops
@@ -160,6 +161,9 @@ class Trainer:
         self.compiled = compile_decoder(self.model, options.compile, work, parallel)
         if self.compiled and parallel.device.type == "cpu":  # by whatever C++ compiler there is
             check_compiled(self)
+        if self.compiled:
+            replay_passes(self.model, parallel)
+            replay_passes(self.objective.teacher, parallel)
         if parallel.device.type == "cpu":
             return_freed_memory()
         self.engine = build_engine(self.model, options, parallel)

@@ -31,7 +31,8 @@ class Loss(NamedTuple):
 class Objective(ABC):
     """What the loop asks of an objective. `loss` has to be written; the rest is for those who need it."""
 
-    flops_per_token = 0.0  # spent beside the trained model, by a teacher for instance
+    teacher: MiniMind | None = None  # that is asked about each batch
+    flops_per_token = 0.0  # which it spends
     scores_first = False  # whether `begin` has the model read all data once
 
     def setup(self, config: ModelConfig, tokenizer: Tokenizer, parallel: Parallel) -> None:

@@ -152,9 +152,9 @@ def orthogonalized(x: Tensor, group: dict[str, Any]) -> Tensor:
     return x.mT if tall else x
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a norm of `max_norm`; returns the norm before, ()."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
