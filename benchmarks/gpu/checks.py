@@ -178,21 +178,21 @@ def replayed(model: MiniMind, batch: Batch, device: torch.device) -> Iterator[Ch
     if device.type != "cuda":
         return
     parallel, batch = Parallel(device, torch.bfloat16), batch.to(device)
-    plain, recorded = (copy.deepcopy(model).to(device) for _ in range(2))
-    for part in (*parts(plain.model, parallel), *parts(recorded.model, parallel)):
+    plain, replays = (copy.deepcopy(model).to(device) for _ in range(2))
+    for part in (*parts(plain.model, parallel), *parts(replays.model, parallel)):
         part.compile()
-    replay_passes(recorded, parallel)
+    replay_passes(replays, parallel)
     for step in range(PASSES_BEFORE + 1):
-        for trained in (plain, recorded):
+        for trained in (plain, replays):
             trained.zero_grad()
             for i in range(2):
                 ids = (batch.input_ids + step + i) % model.config.vocab_size
                 with parallel.autocast():
                     loss = NextToken().loss(trained, replace(batch, input_ids=ids), BALANCE)
                 (loss.total / batch.num_target_tokens).backward()
-            del loss  # a recording would wait for what is left of it
-    yield check("nothing was recorded", float(recorded.model.forward.recorded is None), 0)
-    gradients = [[p.grad for p in trained.parameters()] for trained in (recorded, plain)]
+            del loss  # a capture would wait for what is left of it
+    yield check("nothing was captured", float(replays.model.forward.captured is None), 0)
+    gradients = [[p.grad for p in trained.parameters()] for trained in (replays, plain)]
     yield check("gradients, replayed against launched, bf16", distance(*gradients), 1e-2)
 
 

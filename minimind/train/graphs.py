@@ -1,4 +1,4 @@
-"""Short passes through the decoder as CUDA graphs: recorded once, then started as a whole.
+"""Short passes through the decoder as CUDA graphs: captured once, then started as a whole.
 
 Eight rows keep a fast GPU busy for a few milliseconds, but to start their thousand kernels one by one takes a
 CPU several times as long. The loss stays as it is: it has as many logits as a batch has targets, where a
@@ -33,13 +33,13 @@ def replay_passes(model: MiniMind | None, parallel: Parallel) -> None:
 
 
 class ReplayedDecoder:
-    """In the place of `Decoder.forward`: passes are recorded when the code for their shape is there."""
+    """In the place of `Decoder.forward`: passes are captured when the code for their shape is there."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.run = decoder.forward
         self.trained = [p for p in decoder.parameters() if p.requires_grad]
         self.passes: Counter[torch.Size] = Counter()  # of each shape
-        self.recorded: RecordedPass | None = None
+        self.captured: CapturedPass | None = None
         self.usable = True
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, list[Routing]]:
@@ -48,25 +48,25 @@ class ReplayedDecoder:
         evaluated = bool(self.trained) > torch.is_grad_enabled()
         if evaluated or not self.usable or shape.numel() > TOKENS:
             return self.run(*inputs)
-        if self.recorded and shape != self.recorded.shape:  # passes have one shape until memory runs out
-            self.recorded = None
-        # Later in a step the recording would wait for what is left of earlier passes, which is not allowed.
+        if self.captured and shape != self.captured.shape:  # passes have one shape until memory runs out
+            self.captured = None
+        # Later in a step the capture would wait for what is left of earlier passes, which is not allowed.
         begins = all(parameter.grad is None for parameter in self.trained)
-        if self.recorded is None and begins and self.passes[shape] >= PASSES_BEFORE:
-            self.record(inputs)
+        if self.captured is None and begins and self.passes[shape] >= PASSES_BEFORE:
+            self.capture(inputs)
         self.passes[shape] += 1
-        if self.recorded is None or self.recorded.is_between:
+        if self.captured is None or self.captured.is_between:
             return self.run(*inputs)
-        return self.recorded(inputs)
+        return self.captured(inputs)
 
-    def record(self, inputs: tuple[Tensor, ...]) -> None:
+    def capture(self, inputs: tuple[Tensor, ...]) -> None:
         try:
-            self.recorded = RecordedPass(self.run, self.trained, inputs)
+            self.captured = CapturedPass(self.run, self.trained, inputs)
         except RuntimeError:  # an operation that waits for the GPU, or too little memory
             self.usable = False
 
 
-class RecordedPass:
+class CapturedPass:
     """Forward and backward of batches of one shape, each a graph that works in memory of its own.
 
     Gradients are added up in the same places in each pass, which become those of the `trained` parameters.
@@ -77,13 +77,13 @@ class RecordedPass:
         with torch.inference_mode(False):  # code is compiled for either kind of tensor, and was for these
             self.inputs = [tensor.clone() for tensor in inputs]
         self.gradients = [torch.zeros_like(parameter) for parameter in trained]
-        self.live: list[Tensor] = []  # what recording needs
+        self.live: list[Tensor] = []  # what capture needs
         self.is_between = False  # its forward and its backward, and cannot take another batch
         torch.clear_autocast_cache()  # a graph must cast the weights itself, each time
-        self.outputs, self.forward = recorded(self.forward_once)
+        self.outputs, self.forward = graph_of(self.forward_once)
         self.output_gradients = [torch.empty_like(output) for output in self.outputs]
         if trained:
-            _, self.backward = recorded(self.backward_once, self.forward)
+            _, self.backward = graph_of(self.backward_once, self.forward)
         torch.clear_autocast_cache()
         self.differentiable = [output.requires_grad for output in self.live]
         self.live = []  # with all that they were computed from
@@ -105,7 +105,7 @@ class RecordedPass:
                 place.copy_(parameter.grad)  # of a pass of another shape
             parameter.grad = place
 
-    # ---- What is recorded ----
+    # ---- What is captured ----
 
     def forward_once(self) -> list[Tensor]:
         hidden, routings = self.run(*self.inputs)
@@ -121,27 +121,27 @@ class RecordedPass:
 
 
 class Replay(torch.autograd.Function):
-    """A `RecordedPass` as one operation, whose gradients are no concern of autograd's."""
+    """A `CapturedPass` as one operation, whose gradients are no concern of autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, recorded: RecordedPass) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, anchor: Tensor, captured: CapturedPass) -> tuple[Tensor, ...]:
         """`anchor` requires a gradient, so that what comes out does."""
-        ctx.recorded = recorded
-        recorded.forward.replay()
-        outputs = tuple(output.detach() for output in recorded.outputs)
-        pairs = zip(outputs, recorded.differentiable, strict=True)
+        ctx.captured = captured
+        captured.forward.replay()
+        outputs = tuple(output.detach() for output in captured.outputs)
+        pairs = zip(outputs, captured.differentiable, strict=True)
         ctx.mark_non_differentiable(*(output for output, wanted in pairs if not wanted))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        torch._foreach_copy_(ctx.recorded.output_gradients, list(gradients))
-        ctx.recorded.backward.replay()
-        ctx.recorded.is_between = False
+        torch._foreach_copy_(ctx.captured.output_gradients, list(gradients))
+        ctx.captured.backward.replay()
+        ctx.captured.is_between = False
         return None, None
 
 
-def recorded(
+def graph_of(
     function: Callable[[], list[Tensor]], before: torch.cuda.CUDAGraph | None = None
 ) -> tuple[list[Tensor], torch.cuda.CUDAGraph]:
     """What `function` returns, whose values come with each replay of the graph.

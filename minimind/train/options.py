@@ -71,7 +71,9 @@ class TrainOptions:
     )
     zero_stage: int | None = flag(None, "ZeRO splits 1: optimizer state, 2: gradients too, 3: weights too")
     deepspeed_config: Path | None = flag(None, "JSON file of further DeepSpeed settings")
-    compile: str = flag("auto", "torch.compile: auto uses it where it pays", choices=("auto", "0", "1"))
+    compile: str = flag(
+        "auto", "torch.compile, and CUDA graphs with it: auto where it pays", choices=("auto", "0", "1")
+    )
     num_workers: int | None = flag(None, "processes that tokenise; without it one a core")
     hang_timeout: float = flag(
         600.0, "several processes: seconds without progress until the one that hangs is named and all end"

@@ -1,4 +1,4 @@
-"""Passes replayed from graphs, which a CPU has not: here a recording is run again, over the same memory."""
+"""Passes replayed from graphs, which a CPU has not: here a capture is run again, over the same memory."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Again:
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch) -> None:
-    def recorded(function: Callable[[], list[Tensor]], before: Again | None = None):
+    def graph_of(function: Callable[[], list[Tensor]], before: Again | None = None):
         graph = Again(function)
         return graph.outputs, graph
 
-    monkeypatch.setattr(graphs, "recorded", recorded)
+    monkeypatch.setattr(graphs, "graph_of", graph_of)
     monkeypatch.setattr(Again, "replays", 0)
 
 
@@ -79,7 +79,7 @@ def loss(model: MiniMind, *inputs: Tensor) -> Tensor:
     return out.logits.square().mean() + sum(r.balance_loss.sum() for r in out.routing) / 10
 
 
-def test_passes_accumulate_what_they_would_unrecorded(graphs_on_cpu, kind):
+def test_passes_accumulate_what_they_would_uncaptured(graphs_on_cpu, kind):
     plain, replayed = two_models(kind)
     for step, shapes in enumerate(([2, 2, 2], [2, 2], [3, 2, 2], [2, 3, 2], [3], [3, 3])):
         for i, rows in enumerate(shapes):
@@ -118,14 +118,18 @@ def test_what_is_no_training_pass_is_not_replayed(graphs_on_cpu):
     assert Again.replays == 4
 
 
-def test_what_cannot_be_recorded_is_run(monkeypatch):
+def test_what_cannot_be_captured_is_run(monkeypatch):
+    attempts = []
+
     def refuse(*_: object) -> None:
+        attempts.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "recorded", refuse)
+    monkeypatch.setattr(graphs, "graph_of", refuse)
     plain, replayed = two_models("dense")
     for seed in range(PASSES_BEFORE + 2):
         assert loss(replayed, *batch(seed)) == loss(plain, *batch(seed))
+    assert len(attempts) == 1
 
 
 def test_a_frozen_model_is_replayed_forward(graphs_on_cpu):
@@ -136,10 +140,10 @@ def test_a_frozen_model_is_replayed_forward(graphs_on_cpu):
         for seed in range(PASSES_BEFORE + 3):
             torch.testing.assert_close(loss(replayed, *batch(seed)), loss(plain, *batch(seed)))
     assert Again.replays == 3
-    assert not any(tensor.is_inference() for tensor in replayed.model.forward.recorded.inputs)
+    assert not any(tensor.is_inference() for tensor in replayed.model.forward.captured.inputs)
 
 
-def test_long_passes_are_not_recorded(graphs_on_cpu, monkeypatch):
+def test_long_passes_are_not_captured(graphs_on_cpu, monkeypatch):
     monkeypatch.setattr(graphs, "TOKENS", 2 * 24 - 1)
     _, replayed = two_models("dense")
     for seed in range(PASSES_BEFORE + 2):
