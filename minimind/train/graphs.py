@@ -3,6 +3,9 @@
 Eight rows keep a fast GPU busy for a few milliseconds, but to start their thousand kernels one by one takes a
 CPU several times as long. The loss stays as it is: it has as many logits as a batch has targets, where a
 graph has one shape.
+
+PyTorch's `make_graphed_callables` gives gradients in the memory that the next replay writes over; a step of
+several passes adds them up.
 """
 
 from __future__ import annotations
@@ -50,14 +53,16 @@ class ReplayedDecoder:
             return self.run(*inputs)
         if self.captured and shape != self.captured.shape:  # passes have one shape until memory runs out
             self.captured = None
-        # Later in a step the capture would wait for what is left of earlier passes, which is not allowed.
-        begins = all(parameter.grad is None for parameter in self.trained)
-        if self.captured is None and begins and self.passes[shape] >= PASSES_BEFORE:
+        if self.captured is None and self.passes[shape] >= PASSES_BEFORE and self.a_step_begins():
             self.capture(inputs)
         self.passes[shape] += 1
         if self.captured is None or self.captured.is_between:
             return self.run(*inputs)
         return self.captured(inputs)
+
+    def a_step_begins(self) -> bool:
+        """Later in it a capture would wait for what is left of earlier passes, which is not allowed."""
+        return all(parameter.grad is None for parameter in self.trained)
 
     def capture(self, inputs: tuple[Tensor, ...]) -> None:
         try:
@@ -81,8 +86,8 @@ class CapturedPass:
         self.is_between = False  # its forward and its backward, and cannot take another batch
         torch.clear_autocast_cache()  # a graph must cast the weights itself, each time
         self.outputs, self.forward = graph_of(self.forward_once)
-        self.output_gradients = [torch.empty_like(output) for output in self.outputs]
         if trained:
+            self.output_gradients = [torch.empty_like(output) for output in self.outputs]
             _, self.backward = graph_of(self.backward_once, self.forward)
         torch.clear_autocast_cache()
         self.differentiable = [output.requires_grad for output in self.live]

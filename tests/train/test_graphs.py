@@ -79,7 +79,8 @@ def loss(model: MiniMind, *inputs: Tensor) -> Tensor:
     return out.logits.square().mean() + sum(r.balance_loss.sum() for r in out.routing) / 10
 
 
-def test_passes_accumulate_what_they_would_uncaptured(graphs_on_cpu, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_accumulate_what_they_would_uncaptured(kind, graphs_on_cpu):
     plain, replayed = two_models(kind)
     for step, shapes in enumerate(([2, 2, 2], [2, 2], [3, 2, 2], [2, 3, 2], [3], [3, 3])):
         for i, rows in enumerate(shapes):
@@ -94,11 +95,6 @@ def test_passes_accumulate_what_they_would_uncaptured(graphs_on_cpu, kind):
             p.data *= 0.9
             q.data *= 0.9
     assert Again.replays == 2 * (2 + 1 + 1 + 2)  # of the second step, the fourth and what comes after it
-
-
-@pytest.fixture(params=KINDS)
-def kind(request) -> str:
-    return request.param
 
 
 def test_what_is_no_training_pass_is_not_replayed(graphs_on_cpu):
