@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from numba import njit
@@ -15,9 +17,22 @@ from numba.core.caching import FunctionCache
 
 
 class CodeCache(FunctionCache):
+    """Numba's, but code is old when any file beside the loop's has changed: it may hold loops of those."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = stamp_of(Path(function.__code__.co_filename).parent)
+
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again
             super().save_overload(sig, data)
+
+
+@cache
+def stamp_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Which files of Python a folder has, when they were changed, and their sizes."""
+    states = {path.name: path.stat() for path in folder.glob("*.py")}
+    return sorted((name, state.st_mtime_ns, state.st_size) for name, state in states.items())
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:

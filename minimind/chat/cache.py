@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.chat import kernels
+from minimind.chat.tiles import WIDTH
 from minimind.config import ModelConfig
 from minimind.model import attend
 
 # One layer's attention: queries, keys and values of M new tokens, (M, N + 2K, D) → (M, N, D).
 Attention = Callable[[int, Tensor], Tensor]
+
+
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.half}  # of keys and values, by the device
+
+
+def cache_dtype(device: torch.device, weights: str) -> torch.dtype:
+    """How keys and values are held beside such weights."""
+    return torch.float32 if weights == "fp32" else DTYPES.get(device.type, torch.float32)
+
+
+def bytes_of_position(config: ModelConfig, device: torch.device, weights: str) -> int:
+    """What the keys and values of one token take."""
+    width = config.head_dim
+    both = width + (blocks_of(width) * WIDTH if device.type == "cpu" else width)
+    return (
+        config.num_hidden_layers * config.num_key_value_heads * both * cache_dtype(device, weights).itemsize
+    )
+
+
+def blocks_of(length: int) -> int:
+    return -(-length // WIDTH)
 
 
 class Stretch(NamedTuple):
@@ -46,15 +67,6 @@ class KVCache:
 
     def one_token_each(self, positions: Sequence[int]) -> Attention:
         """Attention of one new token in each of the first rows, at `positions`, to all before it."""
-        return (self._by_kernel if self.buffer.device.type == "cpu" else self._by_operations)(positions)
-
-    def _by_kernel(self, positions: Sequence[int]) -> Attention:
-        places, buffer = np.array(positions), self.buffer.numpy()
-        return lambda layer, qkv: torch.from_numpy(
-            kernels.attend(qkv.numpy(), self.angles, buffer[layer], places)
-        )
-
-    def _by_operations(self, positions: Sequence[int]) -> Attention:
         rows, end, device = len(positions), max(positions) + 1, self.buffer.device
         places = torch.tensor(positions, device=device)  # (B,)
         mask = None
@@ -107,11 +119,6 @@ class KVCache:
 
         return attention
 
-    @cached_property
-    def angles(self) -> np.ndarray:
-        """The rotations as the kernels read them, real and imaginary parts in turn: (positions, D)."""
-        return torch.view_as_real(self.rotation).flatten(1).numpy()
-
     def _rotated(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """qkv (M, N + 2K, D), rotation (M, D / 2) → queries (M, N, D), keys and values (M, 2K, D)."""
         heads = qkv.float()
@@ -119,3 +126,53 @@ class KVCache:
         pairs[:, : -self.groups] *= rotation[:, None]
         query, key_value = heads.to(qkv.dtype).tensor_split((-2 * self.groups,), dim=1)
         return query, key_value
+
+
+class PackedCache:
+    """The same for a CPU, where the loops of `kernels.py` read keys and values as packed matrices.
+
+    Keys are a matrix whose outputs are positions, values one whose inputs are positions (`tiles.Packed`),
+    in fp32 or fp16.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rotation: Tensor, rows: int, max_length: int, dtype: torch.dtype
+    ) -> None:
+        """`rotation` (positions, D / 2), complex: what turns queries and keys at each position."""
+        self.angles = torch.view_as_real(rotation).flatten(1).numpy()  # (positions, D)
+        layers, groups, width = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        held = np.float32 if dtype == torch.float32 else np.uint16
+        self.keys = np.zeros((layers, rows, groups, blocks_of(max_length), width, WIDTH), held)
+        self.values = np.zeros((layers, rows, groups, blocks_of(width), max_length, WIDTH), held)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a row over another row."""
+        blocks = blocks_of(length)
+        self.keys[:, target, :, :blocks] = self.keys[:, source, :, :blocks]
+        self.values[:, target, :, :, :length] = self.values[:, source, :, :, :length]
+
+    def one_token_each(self, positions: Sequence[int]) -> PackedAttention:
+        """Attention of one new token in each of the first rows, at `positions`, to all before it."""
+        return PackedAttention(self, np.arange(len(positions)), np.array(positions))
+
+    def stretches(self, stretches: Sequence[Stretch]) -> PackedAttention:
+        """Causal attention of the new tokens of several rows, one stretch after the other."""
+        rows = [np.full(len(stretch.ids), stretch.row) for stretch in stretches]
+        positions = [stretch.start + np.arange(len(stretch.ids)) for stretch in stretches]
+        return PackedAttention(self, np.concatenate(rows), np.concatenate(positions))
+
+
+class PackedAttention(NamedTuple):
+    """An `Attention` whose tokens are in `rows` (M,) at `positions` (M,)."""
+
+    cache: PackedCache
+    rows: np.ndarray
+    positions: np.ndarray
+
+    def arrays(self, layer: int) -> tuple[np.ndarray, ...]:
+        """What the kernels take of it."""
+        cache = self.cache
+        return cache.angles, cache.keys[layer], cache.values[layer], self.rows, self.positions
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        return torch.from_numpy(kernels.attend(qkv.numpy(), *self.arrays(layer)))

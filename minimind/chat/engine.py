@@ -86,6 +86,12 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def warm_up(self) -> None:
+        """Answer nobody: what the first answer on a machine compiles, no one waits for then."""
+        self.submit([0, 0], SamplingOptions(max_new_tokens=1))  # one is read, the other brings logits
+        while self.busy:
+            self.step()
+
     def submit(
         self,
         prompt_ids: Sequence[int],

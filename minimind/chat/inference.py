@@ -13,17 +13,15 @@ experts, k of them for each token, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.chat import kernels
-from minimind.chat.cache import Attention, KVCache, Stretch
-from minimind.chat.projections import PACKS, Pack
+from minimind.chat.cache import Attention, KVCache, PackedAttention, PackedCache, Stretch, cache_dtype
+from minimind.chat.projections import Pack, projection
 from minimind.errors import UserError
 from minimind.lora import merged_weight
 from minimind.model import MLP, DecoderLayer, MiniMind, RMSNorm, RotaryEmbedding
@@ -31,7 +29,7 @@ from minimind.moe import MoE
 
 
 class InferenceModel:
-    """`model`, which stays as it is, with its weights held in one of the ways of `projections.PACKS`.
+    """`model`, which stays as it is, with its weights held in one of the ways of `options.WEIGHTS`.
 
     Raises: UserError for int8 on another device than a CPU.
     """
@@ -40,54 +38,53 @@ class InferenceModel:
     def __init__(self, model: MiniMind, weights: str = "half") -> None:
         self.config = model.config
         self.device = model.device
+        self.weights = weights
         if weights == "int8" and self.device.type != "cpu":
             raise UserError("--weights int8 is for a CPU; leave it out, or add --device cpu")
         # Activations are few: a CPU loses no time by fp32, and the tensor cores of a GPU want bf16.
         self.dtype = torch.bfloat16 if self.device.type == "cuda" and weights != "fp32" else torch.float32
-        pack = PACKS[weights]
+        pack = partial(projection, kind=weights)
         self.embedding = model.model.embed_tokens.weight.to(self.dtype, copy=True)  # (V, H)
         self.rotation = rotation_table(model.model.rotary, self.config.max_position_embeddings)
         self.layers = [Layer(layer, self.config.head_dim, pack) for layer in model.model.layers]
         self.norm = Norm(model.model.norm)
         self.head = pack(merged_weight(model.lm_head))
-        self.int8_layers = weights == "int8" and not self.config.num_experts
 
-    def cache(self, rows: int, max_length: int) -> KVCache:
-        return KVCache(self.config, self.rotation, rows, max_length, self.dtype)
+    def cache(self, rows: int, max_length: int) -> KVCache | PackedCache:
+        kind = PackedCache if self.device.type == "cpu" else KVCache
+        return kind(self.config, self.rotation, rows, max_length, cache_dtype(self.device, self.weights))
 
     @torch.inference_mode()
-    def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
+    def next_logits(
+        self, ids: Sequence[int], positions: Sequence[int], cache: KVCache | PackedCache
+    ) -> Tensor:
         """Feed a token to each of the first B rows of the cache: what may follow it, (B, V) in fp32."""
-        if self.device.type == "cpu":
-            kernels.share_threads()
-        if self.int8_layers:
-            hidden = self._in_int8(ids, positions, cache)
-        else:
-            hidden = self._hidden(ids, cache.one_token_each(positions))
-        return self.head(self.norm(hidden)).float()
+        return self.head(self.norm(self._hidden(ids, cache.one_token_each(positions)))).float()
 
     @torch.inference_mode()
-    def read(self, stretches: Sequence[Stretch], cache: KVCache) -> None:
+    def read(self, stretches: Sequence[Stretch], cache: KVCache | PackedCache) -> None:
         """Take in stretches of the prompts of different rows."""
-        if self.device.type == "cpu":
-            kernels.share_threads()
         self._hidden([token for stretch in stretches for token in stretch.ids], cache.stretches(stretches))
 
-    def _hidden(self, ids: Sequence[int], attention: Attention) -> Tensor:
+    def _hidden(self, ids: Sequence[int], attention: Attention | PackedAttention) -> Tensor:
         """M tokens → (M, H), before the last norm."""
+        if self.device.type == "cpu":
+            kernels.share_threads()
         x = self.embedding[torch.tensor(ids, device=self.device)]  # (M, H)
+        if isinstance(attention, PackedAttention) and not self.config.num_experts:
+            return self._by_kernels(x, attention)
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.attention_norm(x)).unflatten(1, (-1, self.config.head_dim))
             x = x + layer.output(attention(i, qkv).flatten(1))
             x = x + layer.mlp(layer.mlp_norm(x))
         return x
 
-    def _in_int8(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
-        """The same for one token in each of the first rows, with fewer calls for each layer."""
-        x, places = self.embedding[ids].numpy(), np.array(positions)
-        for layer, buffer in zip(self.layers, cache.buffer.numpy(), strict=True):
-            x = kernels.int8_layer(x, cache.angles, buffer, places, *layer.arrays)
-        return torch.from_numpy(x)
+    def _by_kernels(self, x: Tensor, attention: PackedAttention) -> Tensor:
+        """The same with one call for each layer."""
+        hidden = x.numpy()
+        for i, layer in enumerate(self.layers):
+            hidden = kernels.layer(hidden, *attention.arrays(i), layer.weights)
+        return torch.from_numpy(hidden)
 
 
 class Layer:
@@ -101,11 +98,11 @@ class Layer:
         self.mlp = Mixture(layer.mlp, pack) if isinstance(layer.mlp, MoE) else SwiGLU(layer.mlp, pack)
 
     @cached_property
-    def arrays(self) -> tuple[Any, ...]:
-        """What `kernels.int8_layer` takes of a layer without experts."""
-        norms = self.attention_norm.weight.numpy(), self.mlp_norm.weight.numpy(), self.attention_norm.eps
-        matrices = self.qkv, self.output, self.mlp.gate_up, self.mlp.down
-        return *norms, *(matrix.arrays for matrix in matrices)
+    def weights(self) -> kernels.LayerWeights:
+        """What `kernels.layer` takes of a layer without experts."""
+        norm, mlp_norm = self.attention_norm, self.mlp_norm
+        matrices = (p.matrix for p in (self.qkv, self.output, self.mlp.gate_up, self.mlp.down))
+        return kernels.LayerWeights(norm.eps, norm.weight.numpy(), mlp_norm.weight.numpy(), *matrices)
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:

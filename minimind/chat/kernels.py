@@ -11,13 +11,14 @@ positions, V vocabulary. Arrays are contiguous, and numbers fp32, where nothing 
 from __future__ import annotations
 
 import math
-from functools import cache
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numba import prange
 
+from minimind.chat.tiles import AHEAD, ROWS, WIDTH, Packed, as_held, multiply, tile
 from minimind.loops import compiled
 
 # Vector instructions need sums in another order. What is infinite or no number stays so.
@@ -25,6 +26,18 @@ REORDERED = {"reassoc", "contract", "nsz"}
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
 NO_ID = -1  # fills up lists of ids
 LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
+
+
+class LayerWeights(NamedTuple):
+    """Of a decoder layer without experts."""
+
+    eps: float  # of both norms
+    attention_norm: np.ndarray  # (H,)
+    mlp_norm: np.ndarray  # (H,)
+    qkv: Packed
+    output: Packed
+    gate_up: Packed
+    down: Packed
 
 
 def share_threads() -> None:
@@ -49,6 +62,21 @@ def exp(x):
     return series * np.int32((np.int32(power) + 127) << 23).view(np.float32)
 
 
+@compiled()
+def largest_of(numbers):
+    """Of numbers (I,) in fp32, or one that is no number. As integers they are compared in vectors."""
+    bits, largest = numbers.view(np.int32), np.int32(-(2**31))
+    for i in range(len(bits)):
+        largest = max(largest, in_order(bits[i]))
+    return np.int32(in_order(largest)).view(np.float32)
+
+
+@compiled()
+def in_order(bits):
+    """Bits of a number such that they are ordered as the numbers are; and back."""
+    return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
 @compiled(fastmath=REORDERED)
 def rms_norm(x, weight, eps):
     """x (M, H) / rms(x) · weight (H,)."""
@@ -66,107 +94,86 @@ def rms_norm(x, weight, eps):
 @compiled(fastmath=REORDERED)
 def rotate(pairs, rotation, out):
     """Multiply complex numbers (D,), real and imaginary parts in turn."""
-    for i in range(0, len(pairs), 2):
-        out[i] = pairs[i] * rotation[i] - pairs[i + 1] * rotation[i + 1]
-        out[i + 1] = pairs[i] * rotation[i + 1] + pairs[i + 1] * rotation[i]
-
-
-@compiled(parallel=True, fastmath=REORDERED)
-def attend(qkv, rotation, cache, positions):
-    """Rotate and keep the key of one new token in each row, and let it attend to all up to itself.
-
-    qkv (M, N + 2K, D): queries, keys, values; rotation (positions, D); cache (≥ M, 2K, S, D): keys, then
-    values; positions (M,) → (M, N, D).
-    """
-    rows, groups, width = qkv.shape[0], cache.shape[1] // 2, qkv.shape[2]
-    heads = qkv.shape[1] - 2 * groups
-    for row in range(rows):
-        here = positions[row]
-        for group in range(groups):
-            rotate(qkv[row, heads + group], rotation[here], cache[row, group, here])
-            cache[row, groups + group, here] = qkv[row, heads + groups + group]
-    out = np.zeros((rows, heads, width), np.float32)
-    for place in prange(rows * heads):
-        row, head = place // heads, place % heads
-        group, seen = head // (heads // groups), positions[row] + 1
-        keys, values = cache[row, group], cache[row, groups + group]
-        query, scores, attended = np.empty(width, np.float32), np.empty(seen, np.float32), out[row, head]
-        rotate(qkv[row, head], rotation[positions[row]], query)
-        largest = np.float32(-np.inf)
-        for s in range(seen):
-            product = np.float32(0)
-            for i in range(width):
-                product += query[i] * keys[s, i]
-            scores[s] = product / np.float32(np.sqrt(width))
-            largest = max(largest, scores[s])
-        total = np.float32(0)
-        for s in range(seen):
-            scores[s] = exp(scores[s] - largest)
-            total += scores[s]
-        for s in range(seen):
-            for i in range(width):
-                attended[i] += scores[s] * values[s, i]
-        for i in range(width):
-            attended[i] /= total
-    return out
-
-
-@compiled()
-def round_rows(x):
-    """x (M, I) → the nearest multiples, in int8, of a step for each row; and the steps (M,)."""
-    rounded, steps = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
-    bits = x.view(np.int32)
-    for row in range(x.shape[0]):
-        largest = np.int32(0)  # bits of positive numbers are ordered as they are, and compared in vectors
-        for i in range(x.shape[1]):
-            largest = max(largest, np.int32(bits[row, i] & 0x7FFFFFFF))
-        step = max(np.int32(largest).view(np.float32), np.float32(1e-12)) / np.float32(127)
-        factor = np.float32(1) / step
-        for i in range(x.shape[1]):
-            rounded[row, i] = np.int32(np.rint(x[row, i] * factor))
-        steps[row] = step
-    return rounded, steps
-
-
-@compiled()
-def rescale(sums, steps, scale):
-    """sums (M, O) of int32, times the step of their row (M,) and the scale of their output (O,)."""
-    out = np.empty(sums.shape, np.float32)
-    for row in range(sums.shape[0]):
-        step = steps[row]
-        for o in range(sums.shape[1]):
-            out[row, o] = np.float32(sums[row, o]) * step * scale[o]
-    return out
+    for i in range(len(pairs) // 2):  # in steps of 2 it would not become vectors
+        real, imaginary = 2 * i, 2 * i + 1
+        out[real] = pairs[real] * rotation[real] - pairs[imaginary] * rotation[imaginary]
+        out[imaginary] = pairs[real] * rotation[imaginary] + pairs[imaginary] * rotation[real]
 
 
 @compiled(parallel=True)
-def integer_loop(x, weight):
-    """x (M, I) and weight (O, I), both int8 → (M, O) in int32, an output's sums side by side."""
-    out = np.empty((weight.shape[0], x.shape[0]), np.int32)
-    for o in prange(weight.shape[0]):
-        for row in range(x.shape[0]):
-            total = np.int32(0)
-            for i in range(weight.shape[1]):
-                total = np.int32(total + np.int32(x[row, i]) * np.int32(weight[o, i]))
-            out[o, row] = total
-    return out.T
+def attend(qkv, rotation, keys, values, rows, positions):
+    """Keep the keys and values of new tokens, and let each attend to those of its row up to itself.
 
-
-def integer_product(x, weight):
-    """The same; of several rows by PyTorch where that is exact, since it takes AMX.
-
-    Its second factor is turned into an order of its own at each call, so that is not the weight.
+    qkv (M, N + 2K, D): queries, keys, values; rotation (positions, D); keys and values as in
+    `cache.PackedCache`, for one layer; rows, positions (M,): where each token is → (M, N, D).
     """
-    if len(x) == 1 or not pytorch_is_exact():
-        return integer_loop(x, weight)
-    return torch._int_mm(torch.from_numpy(weight), torch.from_numpy(x).t()).t().numpy()
+    tokens, groups = len(qkv), keys.shape[1]
+    heads = qkv.shape[1] - 2 * groups
+    each = heads // groups  # that share keys
+    for token in range(tokens):
+        row, position = rows[token], positions[token]
+        for group in range(groups):
+            key, value = qkv[token, heads + group], qkv[token, heads + groups + group]
+            keep(key, value, rotation[position], keys[row, group], values[row, group], position)
+    out = np.empty((tokens, heads, qkv.shape[2]), np.float32)
+    for place in prange(groups * tokens):
+        group, token = place // tokens, place % tokens
+        row, position, first = rows[token], positions[token], group * each
+        queries, own = qkv[token, first : first + each], out[token, first : first + each]
+        attend_to(queries, rotation[position], keys[row, group], values[row, group], position + 1, own)
+    return out
 
 
-@cache
-def pytorch_is_exact() -> bool:
-    """Whether its products of int8 are. Without VNNI they clip sums of two to 16 bits."""
-    largest = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+@compiled()
+def attend_to(queries, rotation, keys, values, seen, out):
+    """Attention of queries (R, D), to be rotated, to the first keys and values of their row and group."""
+    rotated = np.empty(queries.shape, np.float32)
+    for head in range(len(queries)):
+        rotate(queries[head], rotation, rotated[head])
+    scores = product(rotated, keys, (seen + WIDTH - 1) // WIDTH)
+    totals = np.empty(len(queries), np.float32)
+    for head in range(len(queries)):
+        totals[head] = exp_of_scores(scores[head], seen, np.float32(1 / np.sqrt(queries.shape[1])))
+    attended = product(scores[:, :seen], values, len(values))
+    for head in range(len(queries)):
+        divide(attended[head], totals[head], out[head])
+
+
+@compiled()
+def keep(key, value, rotation, keys, values, position):
+    """Put a key (D,), rotated, and a value (D,) in their places among those of one row and group."""
+    rotated = np.empty_like(key)
+    rotate(key, rotation, rotated)
+    for i in range(len(key)):
+        keys[position // WIDTH, i, position % WIDTH] = as_held(rotated[i], keys)
+        values[i // WIDTH, position, i % WIDTH] = as_held(value[i], values)
+
+
+@compiled()
+def divide(numbers, by, out):
+    for i in range(len(out)):
+        out[i] = numbers[i] / by
+
+
+@compiled()
+def product(x, blocks, count):
+    """x (M, I) times the first `count` of some blocks (B, ≥ I, WIDTH) → (M, count · WIDTH)."""
+    out = np.empty((len(x), count * WIDTH), np.float32)
+    for first in range(0, len(x), ROWS):
+        last = min(first + ROWS, len(x))
+        for block in range(count):
+            tile(x, blocks, out, block, first, last, None, blocks[block].ctypes.data + AHEAD)
+    return out
+
+
+@compiled(fastmath=REORDERED)
+def exp_of_scores(scores, count, factor):
+    """Replace the first scores by e to `factor` times what each is above the largest; their sum."""
+    largest, total = largest_of(scores[:count]), np.float32(0)
+    for i in range(count):
+        scores[i] = exp((scores[i] - largest) * factor)
+        total += scores[i]
+    return total
 
 
 @compiled(fastmath=REORDERED)
@@ -181,40 +188,15 @@ def swiglu(gate_up):
     return out
 
 
-# Several of the above in one call, between two products in int8.
-
-
 @compiled()
-def norm_to_int8(x, weight, eps):
-    return round_rows(rms_norm(x, weight, eps))
-
-
-@compiled()
-def attend_in_int8(sums, steps, scale, rotation, cache, positions):
-    rows, width = sums.shape[0], rotation.shape[1]
-    qkv = rescale(sums, steps, scale).reshape(rows, -1, width)
-    return round_rows(attend(qkv, rotation, cache, positions).reshape(rows, -1))
-
-
-@compiled()
-def swiglu_in_int8(sums, steps, scale):
-    return round_rows(swiglu(rescale(sums, steps, scale)))
-
-
-@compiled()
-def add_in_int8(x, sums, steps, scale):
-    return x + rescale(sums, steps, scale)
-
-
-def int8_layer(x, rotation, cache, positions, norm, mlp_norm, eps, qkv, output, gate_up, down):
-    """A decoder layer in int8: x (M, H) → (M, H). Each matrix is (weight, scale)."""
-    rounded, steps = norm_to_int8(x, norm, eps)
-    sums = integer_product(rounded, qkv[0])
-    rounded, steps = attend_in_int8(sums, steps, qkv[1], rotation, cache, positions)
-    x = add_in_int8(x, integer_product(rounded, output[0]), steps, output[1])
-    rounded, steps = norm_to_int8(x, mlp_norm, eps)
-    rounded, steps = swiglu_in_int8(integer_product(rounded, gate_up[0]), steps, gate_up[1])
-    return add_in_int8(x, integer_product(rounded, down[0]), steps, down[1])
+def layer(x, rotation, keys, values, rows, positions, weights):
+    """A decoder layer without experts for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
+    normed = rms_norm(x, weights.attention_norm, weights.eps)
+    qkv = multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
+    attended = attend(qkv, rotation, keys, values, rows, positions)
+    x = x + multiply(attended.reshape(len(x), -1), weights.output)
+    gate_up = multiply(rms_norm(x, weights.mlp_norm, weights.eps), weights.gate_up)
+    return x + multiply(swiglu(gate_up), weights.down)
 
 
 # The draw of a token.
@@ -249,7 +231,7 @@ def penalize(scores, said, penalty):
 @compiled()
 def draw_one(scores, knobs, uniform):
     """An id of scores (V,): of the top k, in them of the nucleus, in that of what min_p leaves."""
-    likeliest = scores.argmax()
+    likeliest = place_of(largest_of(scores), scores)
     if knobs.temperature == 0:
         return likeliest
     weights, whole = weights_of(scores, scores[likeliest], knobs.temperature)
@@ -263,6 +245,20 @@ def draw_one(scores, knobs, uniform):
         if place < 0:
             return token
     return likeliest  # where rounding left a last bit
+
+
+@compiled()
+def place_of(number, numbers):
+    """The first place of a number that is among numbers (V,). Most are passed over in vectors."""
+    for first in range(0, len(numbers), 64):
+        part, found = numbers[first : first + 64], False
+        for i in range(len(part)):
+            found |= part[i] == number
+        if found:
+            for i in range(len(part)):
+                if part[i] == number:
+                    return first + i
+    return 0  # no number, which equals nothing
 
 
 @compiled(fastmath=REORDERED)

@@ -155,16 +155,17 @@ def load_models(path: Path, options: ServeOptions, tokenizer: Tokenizer) -> list
         name = f"minimind:{adapter}" if adapter else "minimind"
         print(f"{name}: {description(path.name, model)}", flush=True)
         engine = Engine(InferenceModel(model, options.weights), options.rows, options.max_seq_len)
+        engine.warm_up()
         models.append(Served(name, options.stage, adapter, int(path.stat().st_mtime), engine))
     return models
 
 
 def check_memory(model: MiniMind, options: ServeOptions) -> None:
     """Raises: UserError when keys and values of so many tokens are more than the device holds."""
+    from minimind.chat.cache import bytes_of_position
     from minimind.train.cost import total_memory
 
-    config, size = model.config, 2 if model.device.type == "cuda" and options.weights != "fp32" else 4
-    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    position = bytes_of_position(model.config, model.device, options.weights)
     needed = (1 + len(options.adapters)) * options.rows * options.max_seq_len * position
     there = total_memory(model.device)
     if needed > 0.8 * there:

@@ -75,6 +75,16 @@ def test_requests_that_join_at_any_time_are_answered_as_alone(model, requests, r
         assert own[-1].finished == ("stop" if own[-1].token is None else "length")
 
 
+def test_warmed_up_it_answers_as_ever(model, requests):
+    engine = Engine(model, 1, 200)
+    engine.warm_up()
+    assert not engine.busy
+    prompt, options = requests[0]
+    number = engine.submit(prompt, options)
+    tokens = [event.token for event in run(engine)[number] if event.token is not None]
+    assert tokens == list(generate(model, prompt, options))
+
+
 @pytest.mark.parametrize("when", [0, 1, 2, 4, 6])
 def test_others_do_not_notice_a_cancelled_request(model, requests, when, monkeypatch):
     monkeypatch.setattr(engine_module, "PREFILL", 8)

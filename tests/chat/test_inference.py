@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_model import in_transformers
 
 from minimind.chat.cache import Stretch
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
 from minimind.chat.options import WEIGHTS, SamplingOptions
-from minimind.chat.projections import PACKS, Int8, half
 from minimind.errors import UserError
 from minimind.lora import attach
 from minimind.model import MiniMind
@@ -112,27 +110,6 @@ def test_greedy_answers_are_those_of_transformers(shape, tmp_path):
             pad_token_id=0,
         )
         assert list(generate(ready, ids[0].tolist(), GREEDY, stop_ids=())) == expected[0, length:].tolist()
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_products_are_near_those_of_fp32(weights):
-    weight, x = torch.randn(48, 64), torch.randn(5, 64)
-    expected = F.linear(x, weight)
-    error = (PACKS[weights](weight)(x) - expected).norm() / expected.norm()
-    assert error <= {"fp32": 1e-6, "half": 4e-3, "int8": 0.02}[weights]
-
-
-@pytest.mark.parametrize("pack", [half, Int8])
-def test_a_row_does_not_depend_on_the_rows_beside_it(pack):
-    if pack is half and "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("needs FBGEMM")
-    project, x = pack(torch.randn(48, 64)), torch.randn(17, 64)
-    together = project(x)
-    assert all(project(x[:rows]).equal(together[:rows]) for rows in (1, 2, 5, 16))
-
-
-def test_int8_of_nothing_is_nothing():
-    assert Int8(torch.zeros(8, 16))(torch.zeros(2, 16)).equal(torch.zeros(2, 8))
 
 
 def test_int8_elsewhere_than_on_a_cpu_is_refused():

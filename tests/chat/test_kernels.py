@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from numba.core import caching
 
 from minimind.chat import kernels
-from minimind.chat.cache import Stretch
+from minimind.chat.cache import KVCache, Stretch
 from minimind.chat.inference import InferenceModel
+from minimind.chat.options import WEIGHTS
 from minimind.paths import ROOT
 
-from .models import SHAPES, random_model
+from .models import DENSE, SHAPES, random_model
 
 
 def test_exp():
@@ -34,47 +35,9 @@ def test_swiglu():
     torch.testing.assert_close(torch.from_numpy(kernels.swiglu(x.numpy())), F.silu(gate) * up)
 
 
-def test_rows_are_rounded_to_the_nearest_step():
-    x = np.array(
-        [[1.0, -2.0, 0.51, 0.49, 127.0], [-0.0, 0.0, 0.0, 0.0, 0.0], [254.0, -254.0, 3.1, 2.9, 1e-9]]
-    )
-    rounded, steps = kernels.round_rows(x.astype(np.float32))
-    assert rounded.tolist() == [[1, -2, 1, 0, 127], [0, 0, 0, 0, 0], [127, -127, 2, 1, 0]]
-    assert steps[[0, 2]].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 16, 33])
-@pytest.mark.parametrize("exact", [True, False])
-def test_integer_sums_are_exact(rows, exact, monkeypatch):
-    if not exact:
-        monkeypatch.setattr(kernels, "pytorch_is_exact", lambda: False)
-    x = torch.randint(-127, 128, (rows, 1408), dtype=torch.int8)
-    weight = torch.randint(-127, 128, (33, 1408), dtype=torch.int8)
-    x[0] = weight[0] = 127
-    expected = x.long() @ weight.long().t()
-    assert torch.from_numpy(kernels.integer_product(x.numpy(), weight.numpy())).equal(expected.int())
-
-
-EXACT = """
-import numpy as np
-from minimind.chat import kernels
-largest = np.full((2, 64), 127, np.int8)
-print(kernels.pytorch_is_exact(), kernels.integer_product(largest, largest).tolist())
-"""
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN has this way on x86 alone")
-def test_on_a_processor_without_vnni_sums_are_exact_too(monkeypatch):
-    """Zen 3, Core of the ninth generation and older."""
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    done = subprocess.run([sys.executable, "-c", EXACT], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == f"False {[[64 * 127 * 127] * 2] * 2}\n", done.stderr
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("weights", ["half", "int8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_row_is_the_same_alone_and_among_others(shape, weights):
-    """Alone, in int8, products are a loop; among others they are PyTorch's."""
     ready, ids = InferenceModel(random_model(SHAPES[shape]), weights), torch.randint(3, 300, (4, 21)).tolist()
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
@@ -87,17 +50,37 @@ def test_a_row_is_the_same_alone_and_among_others(shape, weights):
     assert all(logits([row]).equal(together[i : i + 1]) for i, row in enumerate(ids))
 
 
-def test_attention_is_that_of_pytorchs_operations():
-    """Which stand in for the loop on a GPU."""
-    model = InferenceModel(random_model(), "fp32")
-    ways, places = [model.cache(3, 12) for _ in range(2)], [4, 11, 0]
-    ways[0].buffer.normal_()
-    ways[1].buffer.copy_(ways[0].buffer)
-    qkv = torch.randn(3, model.config.num_attention_heads + 2 * model.config.num_key_value_heads, 8)
-    loop = ways[0]._by_kernel(places)(1, qkv.clone())
-    operations = ways[1]._by_operations(places)(1, qkv.clone())
-    torch.testing.assert_close(loop, operations)
-    torch.testing.assert_close(ways[0].buffer, ways[1].buffer)
+@pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 1e-5), ("half", 2e-3)])
+@pytest.mark.parametrize("hidden_size", [64, 320])
+def test_attention_is_that_of_pytorchs_operations(weights, tolerance, hidden_size):
+    """Which stand in for the loop on a GPU: prompts, then tokens at far positions, then in a moved row."""
+    model = InferenceModel(random_model(replace(DENSE, hidden_size=hidden_size)), weights)
+    config, length = model.config, 70  # more than two blocks of any processor
+    ways = model.cache(3, length), KVCache(config, model.rotation, 3, length, torch.float32)
+
+    def compare(attentions, tokens: int) -> None:
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        qkv = torch.randn(tokens, heads, config.head_dim)
+        ours, operations = (attention(1, qkv.clone()) for attention in attentions)
+        torch.testing.assert_close(ours, operations, atol=tolerance, rtol=tolerance)
+
+    for start, end in (0, 1), (1, 40), (40, 69):
+        stretches = [Stretch(row, start, range(start, end)) for row in (2, 0, 1)]
+        compare([cache.stretches(stretches) for cache in ways], 3 * (end - start))
+    compare([cache.one_token_each([69, 31, 64]) for cache in ways], 3)
+    for cache in ways:
+        cache.move(2, 0, 64)
+    compare([cache.one_token_each([64, 32, 65]) for cache in ways], 3)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[3.0], [-2.0, -0.5, -7], [1, 9, 9, 2] * 40, [-np.inf, -1e30], [0.0, np.inf]]
+)
+def test_the_first_place_of_the_largest(numbers):
+    numbers = np.array(numbers, np.float32)
+    assert kernels.largest_of(numbers) == numbers.max()
+    assert kernels.place_of(numbers.max(), numbers) == numbers.argmax()
+    assert np.isnan(kernels.largest_of(np.append(numbers, np.float32(np.nan))))
 
 
 def test_what_is_no_number_stays_visible():

@@ -38,7 +38,7 @@ from minimind.server import cli
 def broken(_):
     raise RuntimeError("out of luck")
 
-Engine.step = broken
+Engine.warm_up, Engine.step = lambda _: None, broken
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -144,7 +144,7 @@ def begin(threads: ThreadPoolExecutor, url: str, **more):
 def test_sigterm_lets_answers_end(serve):
     process, url = serve("--grace", "60")
     with ThreadPoolExecutor(1) as threads:
-        stream = begin(threads, url, max_tokens=800)
+        stream = begin(threads, url, max_tokens=8000)
         process.send_signal(signal.SIGTERM)
         assert eventually(lambda: refuses(url))
         assert not stream.done()
