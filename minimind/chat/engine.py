@@ -24,8 +24,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from minimind.chat.cache import Stretch
 from minimind.chat.inference import InferenceModel
+from minimind.chat.network import Stretch
 from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import STOP_IDS, Sampler, TokenLogprobs, sample, token_logprobs
 from minimind.errors import UserError

@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import torch
 from numba import prange
+from numba.extending import overload
 
 from minimind.chat.tiles import AHEAD, ROWS, WIDTH, Packed, as_held, multiply, tile
 from minimind.loops import compiled
@@ -28,16 +29,24 @@ NO_ID = -1  # fills up lists of ids
 LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
 
 
-class LayerWeights(NamedTuple):
-    """Of a decoder layer without experts."""
+class MLPWeights(NamedTuple):
+    gate_up: Packed
+    down: Packed
 
+
+class MixtureWeights(NamedTuple):
+    top_k: int
+    gate: np.ndarray  # (E, H)
+    experts: tuple[MLPWeights, ...]  # E that the gate sends tokens to, then those that all visit
+
+
+class LayerWeights(NamedTuple):
     eps: float  # of both norms
     attention_norm: np.ndarray  # (H,)
     mlp_norm: np.ndarray  # (H,)
     qkv: Packed
     output: Packed
-    gate_up: Packed
-    down: Packed
+    mlp: MLPWeights | MixtureWeights
 
 
 def share_threads() -> None:
@@ -105,7 +114,7 @@ def attend(qkv, rotation, keys, values, rows, positions):
     """Keep the keys and values of new tokens, and let each attend to those of its row up to itself.
 
     qkv (M, N + 2K, D): queries, keys, values; rotation (positions, D); keys and values as in
-    `cache.PackedCache`, for one layer; rows, positions (M,): where each token is → (M, N, D).
+    `packed.PackedCache`, for one layer; rows, positions (M,): where each token is → (M, N, D).
     """
     tokens, groups = len(qkv), keys.shape[1]
     heads = qkv.shape[1] - 2 * groups
@@ -190,13 +199,74 @@ def swiglu(gate_up):
 
 @compiled()
 def layer(x, rotation, keys, values, rows, positions, weights):
-    """A decoder layer without experts for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
+    """A decoder layer for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
     normed = rms_norm(x, weights.attention_norm, weights.eps)
     qkv = multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
     attended = attend(qkv, rotation, keys, values, rows, positions)
     x = x + multiply(attended.reshape(len(x), -1), weights.output)
-    gate_up = multiply(rms_norm(x, weights.mlp_norm, weights.eps), weights.gate_up)
-    return x + multiply(swiglu(gate_up), weights.down)
+    return x + feed_forward(rms_norm(x, weights.mlp_norm, weights.eps), weights.mlp)
+
+
+def feed_forward(x, weights):
+    """Of one MLP or a mixture: x (M, H) → (M, H)."""
+
+
+@overload(feed_forward)
+def _feed_forward(x, weights):
+    if weights.instance_class is MixtureWeights:
+        return lambda x, weights: mixture(x, weights)
+    return lambda x, weights: mlp(x, weights)
+
+
+@compiled()
+def mlp(x, weights):
+    return multiply(swiglu(multiply(x, weights.gate_up)), weights.down)
+
+
+@compiled()
+def mixture(x, weights):
+    """Experts that no token visits are not read."""
+    shares, out = route(x, weights.gate, weights.top_k, len(weights.experts)), np.zeros_like(x)
+    for number in range(len(weights.experts)):
+        visitors = np.flatnonzero(shares[:, number])
+        if len(visitors):
+            sent = np.empty((len(visitors), x.shape[1]), np.float32)
+            for place, row in enumerate(visitors):
+                sent[place] = x[row]
+            back = mlp(sent, weights.experts[number])
+            for place, row in enumerate(visitors):
+                add_times(back[place], shares[row, number], out[row])
+    return out
+
+
+@compiled(fastmath=REORDERED)
+def route(x, gate, top_k, experts):
+    """The share of each expert in a token's result (M, experts).
+
+    To those of the gate (E, H) it is the softmax over the best k, the others 0; to those that all visit 1.
+    """
+    shares = np.ones((len(x), experts), np.float32)
+    for row in range(len(x)):
+        scores = np.zeros(len(gate), np.float32)
+        for expert in range(len(gate)):
+            for i in range(x.shape[1]):
+                scores[expert] += x[row, i] * gate[expert, i]
+            shares[row, expert] = 0
+        best, total = scores.max(), np.float32(0)
+        for _ in range(top_k):
+            likeliest = scores.argmax()
+            shares[row, likeliest] = exp(scores[likeliest] - best)
+            total += shares[row, likeliest]
+            scores[likeliest] = -np.inf
+        for expert in range(len(gate)):
+            shares[row, expert] /= total
+    return shares
+
+
+@compiled()
+def add_times(numbers, factor, out):
+    for i in range(len(out)):
+        out[i] += numbers[i] * factor
 
 
 # The draw of a token.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minimind.chat.inference import interleave
+from minimind.chat.network import interleave
 from minimind.chat_template import without_marks
 from minimind.config import ModelConfig
 from minimind.errors import UserError

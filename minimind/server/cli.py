@@ -21,7 +21,7 @@ from minimind.flags import flag, parse_flags
 from minimind.paths import pip_install
 
 if TYPE_CHECKING:
-    from minimind.model import MiniMind
+    from minimind.chat.inference import InferenceModel
     from minimind.server.answers import Served
     from minimind.tokenizer import Tokenizer
 
@@ -151,22 +151,22 @@ def load_models(path: Path, options: ServeOptions, tokenizer: Tokenizer) -> list
     for adapter in (None, *options.adapters):
         model = options.load_model(path, [adapter] if adapter else [], tokenizer)
         check_positions(model.config, "max_seq_len", options.max_seq_len)
-        check_memory(model, options)
         name = f"minimind:{adapter}" if adapter else "minimind"
         print(f"{name}: {description(path.name, model)}", flush=True)
-        engine = Engine(InferenceModel(model, options.weights), options.rows, options.max_seq_len)
+        ready = InferenceModel(model, options.weights)
+        check_memory(ready, options)
+        engine = Engine(ready, options.rows, options.max_seq_len)
         engine.warm_up()
         models.append(Served(name, options.stage, adapter, int(path.stat().st_mtime), engine))
     return models
 
 
-def check_memory(model: MiniMind, options: ServeOptions) -> None:
+def check_memory(model: InferenceModel, options: ServeOptions) -> None:
     """Raises: UserError when keys and values of so many tokens are more than the device holds."""
-    from minimind.chat.cache import bytes_of_position
     from minimind.train.cost import total_memory
 
-    position = bytes_of_position(model.config, model.device, options.weights)
-    needed = (1 + len(options.adapters)) * options.rows * options.max_seq_len * position
+    tokens = (1 + len(options.adapters)) * options.rows * options.max_seq_len
+    needed = tokens * model.network.bytes_of_position
     there = total_memory(model.device)
     if needed > 0.8 * there:
         raise UserError(

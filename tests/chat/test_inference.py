@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_model import in_transformers
 
-from minimind.chat.cache import Stretch
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
+from minimind.chat.network import Stretch
+from minimind.chat.operations import Operations
 from minimind.chat.options import WEIGHTS, SamplingOptions
 from minimind.errors import UserError
 from minimind.lora import attach
@@ -50,6 +51,24 @@ def test_logits_are_the_models(shape, weights):
     for read in ([], [1], [11], [7, 1, 9]):
         error = logits_of(ready, ids, read) - expected[:, sum(read) :]
         assert error.abs().max() <= NEAR[weights]
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "tolerance"),
+    [*((shape, "fp32", 1e-5) for shape in SHAPES), ("dense", "half", 0.2), ("yarn", "half", 0.2)],
+)
+def test_operations_of_a_gpu_give_them_too(shape, weights, tolerance):
+    """`half` is bf16 there, for activations too."""
+    model = random_model(SHAPES[shape])
+    ids = torch.randint(3, 300, (3, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+    ready = InferenceModel(model, weights)
+    ready.network = Operations(model, weights)
+    for read in ([], [11], [7, 1, 9]):
+        found = logits_of(ready, ids, read)
+        assert found.dtype == torch.float32
+        assert (found - expected[:, sum(read) :]).abs().max() <= tolerance
 
 
 def test_rows_of_different_lengths_share_a_step():

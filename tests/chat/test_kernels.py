@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from numba.core import caching
 
 from minimind.chat import kernels
-from minimind.chat.cache import KVCache, Stretch
 from minimind.chat.inference import InferenceModel
+from minimind.chat.network import Stretch
+from minimind.chat.operations import Attention, KVCache
 from minimind.chat.options import WEIGHTS
 from minimind.paths import ROOT
 
@@ -53,24 +54,27 @@ def test_a_row_is_the_same_alone_and_among_others(shape, weights):
 @pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 1e-5), ("half", 2e-3)])
 @pytest.mark.parametrize("hidden_size", [64, 320])
 def test_attention_is_that_of_pytorchs_operations(weights, tolerance, hidden_size):
-    """Which stand in for the loop on a GPU: prompts, then tokens at far positions, then in a moved row."""
-    model = InferenceModel(random_model(replace(DENSE, hidden_size=hidden_size)), weights)
-    config, length = model.config, 70  # more than two blocks of any processor
-    ways = model.cache(3, length), KVCache(config, model.rotation, 3, length, torch.float32)
+    """Those that a GPU has: of prompts, then of tokens at far positions, then in a row that was moved."""
+    network = InferenceModel(random_model(replace(DENSE, hidden_size=hidden_size)), weights).network
+    config, length = network.config, 70  # more than two blocks of any processor
+    rotation = torch.view_as_complex(torch.from_numpy(network.rotation).unflatten(1, (-1, 2)))
+    packed, plain = network.cache(3, length), KVCache(config, rotation, 3, length, torch.float32)
 
-    def compare(attentions, tokens: int) -> None:
+    def compare(attention: Attention, rows: list[int], positions: list[int]) -> None:
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        qkv = torch.randn(tokens, heads, config.head_dim)
-        ours, operations = (attention(1, qkv.clone()) for attention in attentions)
-        torch.testing.assert_close(ours, operations, atol=tolerance, rtol=tolerance)
+        qkv = torch.randn(len(rows), heads, config.head_dim)
+        where = network.rotation, packed.keys[1], packed.values[1], np.array(rows), np.array(positions)
+        ours = torch.from_numpy(kernels.attend(qkv.numpy().copy(), *where))
+        torch.testing.assert_close(ours, attention(1, qkv), atol=tolerance, rtol=tolerance)
 
     for start, end in (0, 1), (1, 40), (40, 69):
         stretches = [Stretch(row, start, range(start, end)) for row in (2, 0, 1)]
-        compare([cache.stretches(stretches) for cache in ways], 3 * (end - start))
-    compare([cache.one_token_each([69, 31, 64]) for cache in ways], 3)
-    for cache in ways:
+        rows = [row for row in (2, 0, 1) for _ in range(start, end)]
+        compare(plain.stretches(stretches), rows, 3 * list(range(start, end)))
+    compare(plain.one_token_each([69, 31, 64]), [0, 1, 2], [69, 31, 64])
+    for cache in packed, plain:
         cache.move(2, 0, 64)
-    compare([cache.one_token_each([64, 32, 65]) for cache in ways], 3)
+    compare(plain.one_token_each([64, 32, 65]), [0, 1, 2], [64, 32, 65])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,11 +16,16 @@ from llvmlite.binding import get_host_cpu_features
 
 from minimind.chat import tiles
 from minimind.chat.options import WEIGHTS
-from minimind.chat.projections import projection
+from minimind.chat.packed import PACKS
 from minimind.paths import ROOT
 
 NEAR = {"fp32": 1e-6, "half": 4e-3, "int8": 0.02}
 SHAPES = [(1, 4), (48, 64), (33, 67), (160, 300)]  # (O, I): some fill no block, and no four inputs
+
+
+def projection(weight: torch.Tensor, weights: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    matrix = PACKS[weights](weight)
+    return lambda x: torch.from_numpy(tiles.multiply(x.numpy(), matrix))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
