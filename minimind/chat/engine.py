@@ -30,7 +30,7 @@ from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import STOP_IDS, Sampler, TokenLogprobs, sample, token_logprobs
 from minimind.errors import UserError
 
-PREFILL = 256  # prompt tokens in a step; a fifteenth of a second for 26 M parameters on two cores
+PREFILL = 256  # prompt tokens in a step; a thirtieth of a second for 26 M parameters on two cores
 
 Reason = Literal["stop", "length"]
 

@@ -96,7 +96,7 @@ class SwiGLU:
 class Mixture:
     """The experts that a token visits are called by name, and the others' weights are not read.
 
-    On a GPU the names must come to the host first, a wait in each layer.
+    The names must come to the host first, a wait in each layer.
     """
 
     def __init__(self, moe: MoE, dtype: torch.dtype) -> None:
@@ -107,7 +107,8 @@ class Mixture:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (M, H) → (M, H)."""
-        scores, experts = F.linear(x.float(), self.gate).topk(self.top_k, dim=-1)  # (M, k)
+        # No matrix product: how that rounds depends on how many rows there are.
+        scores, experts = (x.float()[:, None] * self.gate).sum(-1).topk(self.top_k, dim=-1)  # (M, k)
         weights = scores.softmax(-1).to(x.dtype).view(-1, 1)  # (M · k, 1); equals the renormalised softmax
         visits = experts.flatten().tolist()  # the expert of each visit
         out = torch.zeros_like(x)

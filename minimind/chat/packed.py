@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimind.chat import kernels
 from minimind.chat.network import Stretch, gate_up_weight, qkv_weight, rotation_table
-from minimind.chat.tiles import WIDTH, ZERO, Packed, multiply
+from minimind.chat.tiles import HALVES, MOST, WIDTH, ZERO, Packed, multiply
 from minimind.config import ModelConfig
 from minimind.lora import merged_weight
 from minimind.model import MLP, DecoderLayer, MiniMind
@@ -30,7 +30,7 @@ class PackedNetwork:
     def __init__(self, model: MiniMind, weights: str) -> None:
         pack = PACKS[weights]
         self.config = model.config
-        self.held = np.float32 if weights == "fp32" else np.uint16  # keys and values: fp32, or bits of fp16
+        self.held = np.uint16 if HALVES and weights != "fp32" else np.float32  # keys and values; bits of fp16
         self.embedding = model.model.embed_tokens.weight.float().clone()  # (V, H)
         rotation = rotation_table(model.model.rotary, self.config.max_position_embeddings)
         self.rotation = torch.view_as_real(rotation).flatten(1).numpy()  # (positions, D)
@@ -120,8 +120,9 @@ def full(weight: Tensor) -> Packed:
 
 def half(weight: Tensor) -> Packed:
     """fp16, as weight files store them. Multiplied in fp32, they lose nothing more."""
-    limit = torch.finfo(torch.half).max
-    return in_floats(weight.clamp(-limit, limit).half().view(torch.uint16))
+    if not HALVES:
+        return full(weight)
+    return in_floats(weight.clamp(-MOST, MOST).half().view(torch.uint16))
 
 
 def in_floats(weight: Tensor) -> Packed:

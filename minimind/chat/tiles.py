@@ -13,6 +13,7 @@ Shapes: M rows, I inputs, O outputs, B blocks.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,11 +30,14 @@ FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(
 # Sums fill 2 · ROWS registers. AVX-512 has 32 of 16 numbers, AVX2 16 of 8; some must be left for the factors.
 LANES, ROWS = (16, 8) if "+avx512f" in FEATURES else (8, 6)
 WIDTH = 2 * LANES
+# Whether fp16 can be read: x86 has learnt it in 2012, and some virtual machines hide it.
+HALVES = "+f16c" in FEATURES or platform.machine() not in ("x86_64", "AMD64")
 VNNI = not FEATURES.isdisjoint({"+avx512vnni"} if LANES == 16 else {"+avx512vnni", "+avxvnni"})
 
 # Weights are fetched so many bytes before their turn. Left to itself, memory waits while a tile computes.
 AHEAD, LINE = 8192, 64  # LINE: how many come at once
 ZERO = 128  # what stands for zero in uint8
+MOST = 65504  # the largest number of fp16
 
 
 class Packed(NamedTuple):
@@ -298,11 +302,14 @@ def write_tile(
 
 @intrinsic
 def as_held(typing_context: Any, number: types.Float, array: types.Array) -> Any:
-    """A number of fp32 as an array of fp32, or of fp16 as uint16, holds it."""
+    """A number of fp32 as an array of fp32, or of fp16 as uint16, holds it: at most MOST there."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        number, most, least = values[0], F32(MOST), F32(-MOST)
         if array.dtype == types.float32:
-            return values[0]
-        return builder.bitcast(builder.fptrunc(values[0], F16), I16)
+            return number
+        number = builder.select(builder.fcmp_ordered(">", number, most), most, number)
+        number = builder.select(builder.fcmp_ordered("<", number, least), least, number)
+        return builder.bitcast(builder.fptrunc(number, F16), I16)
 
     return array.dtype(number, array), generate

@@ -18,6 +18,7 @@ from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
 from minimind.chat.operations import Attention, KVCache
 from minimind.chat.options import WEIGHTS
+from minimind.chat.tiles import WIDTH
 from minimind.paths import ROOT
 
 from .models import DENSE, SHAPES, random_model
@@ -34,6 +35,17 @@ def test_swiglu():
     x = torch.tensor([[*torch.linspace(-1000, 1000, 401), *torch.randn(401)]])
     gate, up = x.chunk(2, dim=1)
     torch.testing.assert_close(torch.from_numpy(kernels.swiglu(x.numpy())), F.silu(gate) * up)
+
+
+def test_keys_and_values_beyond_16_bits_become_their_largest():
+    held = np.zeros((1, 6, WIDTH), np.uint16), np.zeros((1, 2, WIDTH), np.uint16)
+    numbers = np.array([1e6, -1e6, np.nan, np.inf, 0.5, -65504], np.float32)
+    kernels.keep(numbers, numbers, np.array([1, 0] * 3, np.float32), *held, 1)
+    expected = [65504, -65504, np.nan, np.nan, 0.5, -65504]  # a rotation mixes no number with its neighbour
+    np.testing.assert_equal(held[0].view(np.float16)[0, :, 1].tolist(), expected)
+    np.testing.assert_equal(
+        held[1].view(np.float16)[0, 1, :6].tolist(), [65504, -65504, np.nan, 65504, 0.5, -65504]
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
