@@ -64,10 +64,12 @@ def test_a_row_is_the_same_alone_and_among_others(shape, weights):
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("fp32", 1e-5), ("half", 2e-3)])
-@pytest.mark.parametrize("hidden_size", [64, 320])
-def test_attention_is_that_of_pytorchs_operations(weights, tolerance, hidden_size):
+@pytest.mark.parametrize(
+    "shape", [{}, {"hidden_size": 320}, {"num_attention_heads": 16, "num_key_value_heads": 1}]
+)
+def test_attention_is_that_of_pytorchs_operations(weights, tolerance, shape):
     """Those that a GPU has: of prompts, then of tokens at far positions, then in a row that was moved."""
-    network = InferenceModel(random_model(replace(DENSE, hidden_size=hidden_size)), weights).network
+    network = InferenceModel(random_model(replace(DENSE, **shape)), weights).network
     config, length = network.config, 70  # more than two blocks of any processor
     rotation = torch.view_as_complex(torch.from_numpy(network.rotation).unflatten(1, (-1, 2)))
     packed, plain = network.cache(3, length), KVCache(config, rotation, 3, length, torch.float32)
