@@ -88,7 +88,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Answer nobody: what the first answer on a machine compiles, no one waits for then."""
-        self.submit([0, 0], SamplingOptions(max_new_tokens=1))  # one is read, the other brings logits
+        prompt = [0, 0][: self.max_length - 1]  # where there is room: one is read, the other brings logits
+        self.submit(prompt, SamplingOptions(max_new_tokens=1))
         while self.busy:
             self.step()
 

@@ -75,6 +75,12 @@ def test_requests_that_join_at_any_time_are_answered_as_alone(model, requests, r
         assert own[-1].finished == ("stop" if own[-1].token is None else "length")
 
 
+def test_there_is_always_room_to_warm_up(model):
+    engine = Engine(model, 1, 2)
+    engine.warm_up()
+    assert not engine.busy
+
+
 def test_warmed_up_it_answers_as_ever(model, requests):
     engine = Engine(model, 1, 200)
     engine.warm_up()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numba.core import caching
 
+from minimind import loops
 from minimind.chat import kernels
 from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
@@ -135,8 +136,27 @@ def test_code_is_kept_where_that_can_be(obstacle, kept, tmp_path, monkeypatch):
         assert sum(function.stats.cache_hits.values()) == hits
 
 
+def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
+    """It may hold loops of that file."""
+    monkeypatch.setattr(kernels.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_loop.py").write_text("def twice(x):\n    return 2 * x\n")
+    from own_loop import twice
+
+    def hits() -> int:
+        loops.stamp_of.cache_clear()
+        function = loops.compiled()(twice)
+        assert function(21) == 42
+        return sum(function.stats.cache_hits.values())
+
+    assert [hits(), hits()] == [0, 1]
+    (tmp_path / "beside.py").write_text("")
+    assert [hits(), hits()] == [0, 1]
+
+
 THREADS = """
 import torch
+from minimind import loops
 from minimind.chat import kernels
 torch.set_num_threads(1)
 kernels.share_threads()
