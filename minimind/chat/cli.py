@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_positions(model.config, "max_seq_len", how.max_seq_len)
     print(description(" + ".join([path.name, *which.adapters]), model), file=notes)
 
+    from minimind.chat.engine import Engine
     from minimind.chat.inference import InferenceModel
 
     inference_model = InferenceModel(model, which.weights)
+    Engine(inference_model, rows=1, max_length=2).warm_up()
     questions = questions_for(which.stage, which.adapters)
     talk = Talk(inference_model, session, how, notes, questions, reasons=which.stage == "reason")
     if arguments.prompt:

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from minimind.chat import cli, generate, questions
+from minimind.chat import cli, generate, inference, questions
+from minimind.chat.inference import InferenceModel
 from minimind.paths import ROOT
 from minimind.tokenizer import Tokenizer
 
@@ -102,9 +103,12 @@ def test_waiting_threads_leave_the_cores_to_others(out, monkeypatch):
 
 def test_weights_choose_how_the_model_is_held(out, monkeypatch, capsys):
     held = []
-    monkeypatch.setattr(
-        "minimind.chat.inference.InferenceModel", lambda model, weights: held.append(weights) or model
-    )
+
+    def ready(model, weights):
+        held.append(weights)
+        return InferenceModel(model, weights)
+
+    monkeypatch.setattr(inference, "InferenceModel", ready)
     say(monkeypatch, [], [])
     arguments = ["--out_dir", str(out), "--device", "cpu", "--prompt", "一"]
     cli.main(arguments)

@@ -89,7 +89,6 @@ PROCESSORS = {  # by their names at LLVM: what of their instructions tiles use
     "haswell": ("+avx2,+fma,+f16c", 8, False),
     "alderlake": ("+avx2,+fma,+f16c,+avxvnni", 8, True),
     "skylake-avx512": ("+avx512f,+avx512bw,+avx512vl,+avx2,+fma,+f16c", 16, False),
-    "icelake-server": ("+avx512f,+avx512bw,+avx512vl,+avx512vnni,+avx2,+fma,+f16c", 16, True),
 }
 HOST = f"""
 from minimind.chat import tiles
