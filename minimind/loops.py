@@ -6,6 +6,7 @@ While a loop runs, other threads have Python to themselves.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -22,6 +23,14 @@ class CodeCache(FunctionCache):
     def __init__(self, function: Callable) -> None:
         super().__init__(function)
         self._cache_file._source_stamp = stamp_of(Path(function.__code__.co_filename).parent)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except (pickle.UnpicklingError, EOFError):  # cut short, as by a loss of power
+            with suppress(OSError):
+                self.flush()
+            return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # such as a full disk: the code is there, the next process compiles again

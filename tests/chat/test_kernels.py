@@ -136,6 +136,21 @@ def test_code_is_kept_where_that_can_be(obstacle, kept, tmp_path, monkeypatch):
         assert sum(function.stats.cache_hits.values()) == hits
 
 
+@pytest.mark.parametrize("file", ["*.nbc", "*.nbi"])
+@pytest.mark.parametrize("length", [0, 40])
+def test_kept_code_that_was_cut_short_is_made_again(file, length, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.numba.config, "CACHE_DIR", str(tmp_path))
+    hits = []
+    for _ in range(4):
+        function = kernels.compiled()(twice)
+        assert function(21) == 42
+        hits.append(sum(function.stats.cache_hits.values()))
+        if len(hits) == 2:
+            [path] = tmp_path.rglob(file)
+            path.write_bytes(path.read_bytes()[:length])
+    assert hits == [0, 1, 0, 1]
+
+
 def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
     """It may hold loops of that file."""
     monkeypatch.setattr(kernels.numba.config, "CACHE_DIR", str(tmp_path / "cache"))
