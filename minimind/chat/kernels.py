@@ -1,11 +1,12 @@
-"""What a CPU computes for the next token of a few answers: loops, which Numba compiles.
+"""What a CPU computes for prompts and for the next token of a few answers: loops, which Numba compiles.
 
-A token is so little work that calling PyTorch's operations one by one takes longer than what they do. One
-function here takes the place of ten of them, on arrays that share the memory of the tensors. The first call
-on a machine compiles, for some seconds; the code is kept beside this file or in the user's cache.
+A token is so little work that calling PyTorch's operations one by one takes longer than what they do. Here
+a whole layer is one call. The first on a machine compiles, for some seconds; the code is kept beside this
+file or in the user's cache.
 
-Shapes: M rows with one token each, I inputs, O outputs, N query heads, K key/value heads, D head width, S
-positions, V vocabulary. Arrays are contiguous, and numbers fp32, where nothing else is said.
+Shapes: M tokens of any rows, R of them or of their heads, I inputs, H hidden size, E experts, N query heads,
+K key/value heads, D head width, V vocabulary. Arrays are contiguous, and numbers fp32, where nothing else is
+said.
 """
 
 from __future__ import annotations

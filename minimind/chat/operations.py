@@ -127,7 +127,6 @@ class KVCache:
     ) -> None:
         """`rotation` (positions, D / 2), complex: what turns queries and keys at each position."""
         self.rotation = rotation
-        self.max_length = max_length
         self.groups = config.num_key_value_heads
         shape = (config.num_hidden_layers, rows, 2 * self.groups, max_length, config.head_dim)
         self.buffer = torch.zeros(shape, device=rotation.device, dtype=dtype)  # (L, rows, 2K, S, D)

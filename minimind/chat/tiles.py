@@ -30,7 +30,7 @@ FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(
 # Sums fill 2 · ROWS registers. AVX-512 has 32 of 16 numbers, AVX2 16 of 8; some must be left for the factors.
 LANES, ROWS = (16, 8) if "+avx512f" in FEATURES else (8, 6)
 WIDTH = 2 * LANES
-# Whether fp16 can be read: x86 has learnt it in 2012, and some virtual machines hide it.
+# Whether fp16 can be read: x86 learnt it in 2012, and some virtual machines hide it.
 HALVES = "+f16c" in FEATURES or platform.machine() not in ("x86_64", "AMD64")
 VNNI = not FEATURES.isdisjoint({"+avx512vnni"} if LANES == 16 else {"+avx512vnni", "+avxvnni"})
 
@@ -76,21 +76,19 @@ def inputs_of(x, matrix):
 
 @overload(inputs_of)
 def _inputs_of(x, matrix):
-    if isinstance(matrix[2], types.NoneType):
-        return lambda x, matrix: (x, None)
-
     def in_int8(x, matrix):
         rounded, steps = round_rows(x)
         return rounded, (matrix.start, steps, matrix.scale)
 
-    return in_int8
+    weight = matrix[Packed._fields.index("weight")]
+    return in_int8 if weight.dtype == types.int8 else lambda x, matrix: (x, None)
 
 
 @compiled()
 def round_rows(x):
-    """x (M, I) → ZERO plus the nearest multiples of a step for each row, in uint8; and the steps (M,).
+    """x (M, I) → in uint8 ZERO plus the nearest multiples of a step for each row, and the steps (M,).
 
-    Their number is made one that four divides.
+    Rows are filled up to whole fours of inputs, as the weights are.
     """
     rows, inputs = x.shape
     rounded, steps = np.zeros((rows, (inputs + 3) // 4 * 4), np.uint8), np.empty(rows, np.float32)
@@ -263,7 +261,7 @@ def write_tile(
     def load(address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
         return builder.load(at(address, of, place), align=1)
 
-    columns = [builder.add(builder.mul(block, I64(2)), I64(half)) for half in halves]  # of vectors
+    columns = [builder.add(builder.mul(block, I64(len(halves))), I64(half)) for half in halves]  # of vectors
     zeros = ir.Constant(kind.sums, None)
     end = builder.append_basic_block()
     switch = builder.switch(builder.sub(last, first), end)
