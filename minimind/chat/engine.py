@@ -16,6 +16,7 @@ An engine has no threads and no locks: whoever calls it from several threads tak
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Request:
     stop_ids: Collection[int]
     max_new_tokens: int
     top_logprobs: int | None
-    answer: list[int] = field(default_factory=list)
+    answer: array[int] = field(default_factory=lambda: array("q"))
     read: int = 0  # prompt tokens that the cache holds
 
     @property

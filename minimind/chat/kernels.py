@@ -20,11 +20,9 @@ import torch
 from numba import prange
 from numba.extending import overload
 
-from minimind.chat.tiles import AHEAD, ROWS, WIDTH, Packed, as_held, multiply, tile
+from minimind.chat.tiles import ROWS, WIDTH, Packed, as_held, multiply, tile, total
 from minimind.loops import compiled
 
-# Vector instructions need sums in another order. What is infinite or no number stays so.
-REORDERED = {"reassoc", "contract", "nsz"}
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
 NO_ID = -1  # fills up lists of ids
 LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of the likeliest is never drawn
@@ -87,21 +85,18 @@ def in_order(bits):
     return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def rms_norm(x, weight, eps):
     """x (M, H) / rms(x) · weight (H,)."""
-    out = np.empty_like(x)
+    out = x * x
     for row in range(x.shape[0]):
-        squares = np.float32(0)
-        for i in range(x.shape[1]):
-            squares += x[row, i] * x[row, i]
-        factor = np.float32(1 / np.sqrt(squares / np.float32(x.shape[1]) + eps))
+        factor = np.float32(1 / np.sqrt(total(out[row]) / np.float32(x.shape[1]) + eps))
         for i in range(x.shape[1]):
             out[row, i] = x[row, i] * factor * weight[i]
     return out
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def rotate(pairs, rotation, out):
     """Multiply complex numbers (D,), real and imaginary parts in turn."""
     for i in range(len(pairs) // 2):  # in steps of 2 it would not become vectors
@@ -115,36 +110,58 @@ def attend(qkv, rotation, keys, values, rows, positions):
     """Keep the keys and values of new tokens, and let each attend to those of its row up to itself.
 
     qkv (M, N + 2K, D): queries, keys, values; rotation (positions, D); keys and values as in
-    `packed.PackedCache`, for one layer; rows, positions (M,): where each token is → (M, N, D).
+    `packed.PackedCache`, for one layer; rows, positions (M,): where each token is, those of a row side by
+    side → (M, N, D).
     """
     tokens, groups = len(qkv), keys.shape[1]
     heads = qkv.shape[1] - 2 * groups
     each = heads // groups  # that share keys
-    for token in range(tokens):
-        row, position = rows[token], positions[token]
-        for group in range(groups):
-            key, value = qkv[token, heads + group], qkv[token, heads + groups + group]
-            keep(key, value, rotation[position], keys[row, group], values[row, group], position)
+    alone = True
+    for token in range(1, tokens):
+        alone &= rows[token] != rows[token - 1]
+    if not alone:
+        keep_all(qkv, rotation, keys, values, rows, positions)
     out = np.empty((tokens, heads, qkv.shape[2]), np.float32)
     for place in prange(groups * tokens):
         group, token = place // tokens, place % tokens
         row, position, first = rows[token], positions[token], group * each
+        if alone:  # nobody else needs what the token keeps
+            key, value = qkv[token, heads + group], qkv[token, heads + groups + group]
+            keep(key, value, rotation[position], keys[row, group], values[row, group], position)
+        following = min(place + 1, groups * tokens - 1)  # what it reads is fetched meanwhile
+        next_row, next_group = rows[following % tokens], following // tokens
+        later = keys[next_row, next_group], values[next_row, next_group]
         queries, own = qkv[token, first : first + each], out[token, first : first + each]
-        attend_to(queries, rotation[position], keys[row, group], values[row, group], position + 1, own)
+        attend_to(queries, rotation[position], keys[row, group], values[row, group], position + 1, later, own)
     return out
 
 
+@compiled(parallel=True)
+def keep_all(qkv, rotation, keys, values, rows, positions):
+    """Keep the keys and values of new tokens; all as for `attend`."""
+    groups = keys.shape[1]
+    heads = qkv.shape[1] - 2 * groups
+    for token in prange(len(qkv)):
+        row, position = rows[token], positions[token]
+        for group in range(groups):
+            key, value = qkv[token, heads + group], qkv[token, heads + groups + group]
+            keep(key, value, rotation[position], keys[row, group], values[row, group], position)
+
+
 @compiled()
-def attend_to(queries, rotation, keys, values, seen, out):
-    """Attention of queries (R, D), to be rotated, to the first keys and values of their row and group."""
+def attend_to(queries, rotation, keys, values, seen, later, out):
+    """Attention of queries (R, D), to be rotated, to the first keys and values of their row and group.
+
+    later: the keys and values of whoever comes next.
+    """
     rotated = np.empty(queries.shape, np.float32)
     for head in range(len(queries)):
         rotate(queries[head], rotation, rotated[head])
-    scores = product(rotated, keys, (seen + WIDTH - 1) // WIDTH)
+    scores = product(rotated, keys, (seen + WIDTH - 1) // WIDTH, later[0])
     totals = np.empty(len(queries), np.float32)
     for head in range(len(queries)):
         totals[head] = exp_of_scores(scores[head], seen, np.float32(1 / np.sqrt(queries.shape[1])))
-    attended = product(scores[:, :seen], values, len(values))
+    attended = product(scores[:, :seen], values, len(values), later[1])
     for head in range(len(queries)):
         divide(attended[head], totals[head], out[head])
 
@@ -166,27 +183,29 @@ def divide(numbers, by, out):
 
 
 @compiled()
-def product(x, blocks, count):
-    """x (M, I) times the first `count` of some blocks (B, ≥ I, WIDTH) → (M, count · WIDTH)."""
+def product(x, blocks, count, later):
+    """x (M, I) times the first `count` of some blocks (B, ≥ I, WIDTH) → (M, count · WIDTH).
+
+    Meanwhile as much of `later` (B, ≥ I, WIDTH) is fetched.
+    """
     out = np.empty((len(x), count * WIDTH), np.float32)
     for first in range(0, len(x), ROWS):
         last = min(first + ROWS, len(x))
         for block in range(count):
-            tile(x, blocks, out, block, first, last, None, blocks[block].ctypes.data + AHEAD)
+            tile(x, blocks, out, block, first, last, None, later[block].ctypes.data)
     return out
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def exp_of_scores(scores, count, factor):
     """Replace the first scores by e to `factor` times what each is above the largest; their sum."""
-    largest, total = largest_of(scores[:count]), np.float32(0)
+    largest = largest_of(scores[:count])
     for i in range(count):
         scores[i] = exp((scores[i] - largest) * factor)
-        total += scores[i]
-    return total
+    return total(scores[:count])
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def swiglu(gate_up):
     """silu(gate) · up: (M, 2I) → (M, I)."""
     width = gate_up.shape[1] // 2
@@ -201,11 +220,23 @@ def swiglu(gate_up):
 @compiled()
 def layer(x, rotation, keys, values, rows, positions, weights):
     """A decoder layer for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
-    normed = rms_norm(x, weights.attention_norm, weights.eps)
-    qkv = multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
+    qkv = queries_keys_values(x, rotation, weights)
     attended = attend(qkv, rotation, keys, values, rows, positions)
     x = x + multiply(attended.reshape(len(x), -1), weights.output)
     return x + feed_forward(rms_norm(x, weights.mlp_norm, weights.eps), weights.mlp)
+
+
+@compiled()
+def last_layer_of_prompt(x, rotation, keys, values, rows, positions, weights):
+    """Keep what later tokens attend to, for tokens whose output nobody reads. All as for `layer`."""
+    keep_all(queries_keys_values(x, rotation, weights), rotation, keys, values, rows, positions)
+
+
+@compiled(inline="always")
+def queries_keys_values(x, rotation, weights):
+    """Of tokens x (M, H) before their rotation (positions, D) → (M, N + 2K, D)."""
+    normed = rms_norm(x, weights.attention_norm, weights.eps)
+    return multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
 
 
 def feed_forward(x, weights):
@@ -240,7 +271,7 @@ def mixture(x, weights):
     return out
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def route(x, gate, top_k, experts):
     """The share of each expert in a token's result (M, experts).
 
@@ -248,19 +279,18 @@ def route(x, gate, top_k, experts):
     """
     shares = np.ones((len(x), experts), np.float32)
     for row in range(len(x)):
-        scores = np.zeros(len(gate), np.float32)
+        scores = np.empty(len(gate), np.float32)
         for expert in range(len(gate)):
-            for i in range(x.shape[1]):
-                scores[expert] += x[row, i] * gate[expert, i]
+            scores[expert] = total(x[row] * gate[expert])
             shares[row, expert] = 0
-        best, total = scores.max(), np.float32(0)
+        best, whole = scores.max(), np.float32(0)
         for _ in range(top_k):
             likeliest = scores.argmax()
             shares[row, likeliest] = exp(scores[likeliest] - best)
-            total += shares[row, likeliest]
+            whole += shares[row, likeliest]
             scores[likeliest] = -np.inf
         for expert in range(len(gate)):
-            shares[row, expert] /= total
+            shares[row, expert] /= whole
     return shares
 
 
@@ -294,9 +324,11 @@ def penalize(scores, said, penalty):
     CTRL (Keskar et al. 2019, arXiv:1909.05858, 4.1) divides their logits by the penalty. That would raise a
     negative logit, so those are multiplied.
     """
+    before = scores[said]  # of a token said twice too
     for place, token in enumerate(said):
-        if token != NO_ID and token not in said[:place]:
-            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+        if token != NO_ID:
+            score = before[place]
+            scores[token] = score / penalty if score > 0 else score * penalty
 
 
 @compiled()
@@ -332,15 +364,14 @@ def place_of(number, numbers):
     return 0  # no number, which equals nothing
 
 
-@compiled(fastmath=REORDERED)
+@compiled()
 def weights_of(scores, largest, temperature):
     """Probabilities of scores (V,), as shares of the likeliest token's, and their sum."""
-    weights, whole = np.empty_like(scores), np.float32(0)
+    weights = np.empty_like(scores)
     for i in range(len(scores)):
         below = (scores[i] - largest) / temperature
         weights[i] = exp(below) if below > np.float32(-EXP_LIMIT) else np.float32(0)
-        whole += weights[i]
-    return weights, whole
+    return weights, total(weights)
 
 
 @compiled()

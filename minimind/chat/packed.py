@@ -31,7 +31,7 @@ class PackedNetwork:
         pack = PACKS[weights]
         self.config = model.config
         self.held = np.uint16 if HALVES and weights != "fp32" else np.float32  # keys and values; bits of fp16
-        self.embedding = model.model.embed_tokens.weight.float().clone()  # (V, H)
+        self.embedding = model.model.embed_tokens.weight.float().clone().numpy()  # (V, H)
         rotation = rotation_table(model.model.rotary, self.config.max_position_embeddings)
         self.rotation = torch.view_as_real(rotation).flatten(1).numpy()  # (positions, D)
         self.layers = [layer_weights(layer, self.config.head_dim, pack) for layer in model.model.layers]
@@ -48,22 +48,30 @@ class PackedNetwork:
         return PackedCache(self.config, rows, max_length, self.held)
 
     def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: PackedCache) -> Tensor:
-        hidden = self._hidden(ids, np.arange(len(ids)), np.array(positions), cache)
+        where = np.arange(len(ids)), np.array(positions)
+        hidden = self._through(self.layers, ids, *where, cache)
         return torch.from_numpy(multiply(kernels.rms_norm(hidden, self.norm, self.eps), self.head))
 
     def read(self, stretches: Sequence[Stretch], cache: PackedCache) -> None:
         ids = [token for stretch in stretches for token in stretch.ids]
-        rows = [np.full(len(stretch.ids), stretch.row) for stretch in stretches]
-        positions = [stretch.start + np.arange(len(stretch.ids)) for stretch in stretches]
-        self._hidden(ids, np.concatenate(rows), np.concatenate(positions), cache)
+        rows = np.concatenate([np.full(len(stretch.ids), stretch.row) for stretch in stretches])
+        positions = np.concatenate([stretch.start + np.arange(len(stretch.ids)) for stretch in stretches])
+        x = self._through(self.layers[:-1], ids, rows, positions, cache)
+        last = cache.keys[-1], cache.values[-1], rows, positions, self.layers[-1]
+        kernels.last_layer_of_prompt(x, self.rotation, *last)
 
-    def _hidden(
-        self, ids: Sequence[int], rows: np.ndarray, positions: np.ndarray, cache: PackedCache
+    def _through(
+        self,
+        layers: Sequence[kernels.LayerWeights],
+        ids: Sequence[int],
+        rows: np.ndarray,
+        positions: np.ndarray,
+        cache: PackedCache,
     ) -> np.ndarray:
-        """M tokens, of `rows` (M,) at `positions` (M,) → (M, H), before the last norm."""
+        """The first layers, for M tokens of `rows` (M,) at `positions` (M,) → (M, H)."""
         kernels.share_threads()
-        x = self.embedding[ids].numpy()
-        for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        x = self.embedding.take(ids, 0)
+        for weights, keys, values in zip(layers, cache.keys, cache.values, strict=False):
             x = kernels.layer(x, self.rotation, keys, values, rows, positions, weights)
         return x
 

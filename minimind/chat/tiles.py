@@ -146,16 +146,14 @@ def multiply_add_pairs(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, weigh
 
 
 def add_neighbours(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
-    half = numbers.type.count // 2
-    even, odd = (
-        builder.shuffle_vector(
-            numbers,
-            ir.Constant(numbers.type, ir.Undefined),
-            ir.Constant(vector(I32, half), [I32(2 * place + side) for place in range(half)]),
-        )
-        for side in (0, 1)
-    )
-    return builder.add(even, odd)
+    count = numbers.type.count
+    return builder.add(*(picked(builder, numbers, range(side, count, 2)) for side in (0, 1)))
+
+
+def picked(builder: ir.IRBuilder, numbers: ir.Value, places: Sequence[int]) -> ir.Value:
+    """A vector of those of another that stand at some places."""
+    which = ir.Constant(vector(I32, len(places)), [I32(place) for place in places])
+    return builder.shuffle_vector(numbers, ir.Constant(numbers.type, ir.Undefined), which)
 
 
 INT8 = vector(I8, 4 * LANES)
@@ -171,8 +169,7 @@ KINDS = {  # by the bits of a weight
 def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     """A vector of one number."""
     undefined = ir.Constant(vector(number.type), ir.Undefined)
-    first = builder.insert_element(undefined, number, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(vector(I32), None))
+    return picked(builder, builder.insert_element(undefined, number, I32(0)), [0] * LANES)
 
 
 def rescaled(
@@ -183,6 +180,14 @@ def rescaled(
         sums = add_neighbours(builder, sums)
     total = builder.sitofp(builder.add(sums, start), scale.type)
     return builder.fmul(builder.fmul(total, spread(builder, step)), scale)
+
+
+def at(builder: ir.IRBuilder, address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
+    return builder.gep(builder.bitcast(address, of.as_pointer()), [place])
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
+    return builder.load(at(builder, address, of, place), align=1)
 
 
 def fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -255,12 +260,6 @@ def write_tile(
             address = builder.gep(address, [builder.mul(number, stride)])
         return address
 
-    def at(address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
-        return builder.gep(builder.bitcast(address, of.as_pointer()), [place])
-
-    def load(address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
-        return builder.load(at(address, of, place), align=1)
-
     columns = [builder.add(builder.mul(block, I64(len(halves))), I64(half)) for half in halves]  # of vectors
     zeros = ir.Constant(kind.sums, None)
     end = builder.append_basic_block()
@@ -274,11 +273,11 @@ def write_tile(
         with cgutils.for_range(builder, length) as loop:
             for line in range(0, bytes_in_step if later else 0, LINE):
                 place = builder.add(builder.mul(loop.index, I64(bytes_in_step)), I64(line))
-                fetch(builder, at(later, I8, place))
+                fetch(builder, at(builder, later, I8, place))
             weights = part(weight, block, loop.index)
-            factors = [load(weights, kind.weights, I64(half)) for half in halves]
+            factors = [load(builder, weights, kind.weights, I64(half)) for half in halves]
             for own_inputs, own_sums in zip(inputs, sums, strict=True):
-                value = load(own_inputs, kind.x, loop.index)
+                value = load(builder, own_inputs, kind.x, loop.index)
                 for place, factor in zip(own_sums, factors, strict=True):
                     builder.store(kind.multiply_add(builder, builder.load(place), value, factor), place)
         for row, own_sums in zip(rows, sums, strict=True):
@@ -289,11 +288,11 @@ def write_tile(
                     total = rescaled(
                         builder,
                         total,
-                        load(start, vector(I32), column),
-                        load(steps, F32, row),
-                        load(scale, vector(F32), column),
+                        load(builder, start, vector(I32), column),
+                        load(builder, steps, F32, row),
+                        load(builder, scale, vector(F32), column),
                     )
-                builder.store(total, at(part(out, row), vector(F32), column), align=1)
+                builder.store(total, at(builder, part(out, row), vector(F32), column), align=1)
         builder.branch(end)
     builder.position_at_end(end)
 
@@ -311,3 +310,54 @@ def as_held(typing_context: Any, number: types.Float, array: types.Array) -> Any
         return builder.bitcast(builder.fptrunc(number, F16), I16)
 
     return array.dtype(number, array), generate
+
+
+@intrinsic
+def total(typing_context: Any, numbers: types.Array) -> Any:
+    """The sum of contiguous numbers (I,) in fp32, always in one order.
+
+    LLVM, let to choose it, takes another at every place where it compiles a loop.
+    """
+    several = 4  # sums for each lane: an addition takes as many clock cycles
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        array = context.make_array(numbers)(context, builder, values[0])
+        count = cgutils.unpack_tuple(builder, array.shape)[0]
+        whole = builder.udiv(count, I64(several * LANES))
+        zeros = ir.Constant(vector(F32), None)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(several)]
+        with cgutils.for_range(builder, whole) as loop:
+            for part, place in enumerate(sums):
+                column = builder.add(builder.mul(loop.index, I64(several)), I64(part))
+                loaded = load(builder, array.data, vector(F32), column)
+                builder.store(builder.fadd(builder.load(place), loaded), place)
+        for part, place in enumerate(sums):
+            column = builder.add(builder.mul(whole, I64(several)), I64(part))
+            left = builder.sub(count, builder.mul(column, I64(LANES)))
+            loaded = load_first(builder, at(builder, array.data, vector(F32), column), left)
+            builder.store(builder.fadd(builder.load(place), loaded), place)
+        rest = [builder.load(place) for place in sums]
+        while len(rest) > 1:
+            rest = [builder.fadd(a, b) for a, b in zip(rest[::2], rest[1::2], strict=True)]
+        return sum_of_lanes(builder, rest[0])
+
+    return types.float32(numbers), generate
+
+
+def load_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
+    """A vector of the first numbers at an address, up to LANES, and zeros."""
+    kind = vector(F32)
+    order = ir.Constant(vector(I64), [I64(lane) for lane in range(LANES)])
+    wanted = builder.icmp_signed("<", order, spread(builder, count))
+    signature = ir.FunctionType(kind, [address.type, I32, wanted.type, kind])
+    name = f"llvm.masked.load.v{LANES}f32.p0"
+    masked = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(masked, [address, I32(1), wanted, ir.Constant(kind, None)])
+
+
+def sum_of_lanes(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """Halves are added to each other until one number is left."""
+    while (count := numbers.type.count) > 1:
+        halves = range(count // 2), range(count // 2, count)
+        numbers = builder.fadd(*(picked(builder, numbers, half) for half in halves))
+    return builder.extract_element(numbers, I32(0))

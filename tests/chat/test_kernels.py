@@ -169,6 +169,31 @@ def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
     assert [hits(), hits()] == [0, 1]
 
 
+ATTENTION = """
+import hashlib, numpy as np
+from minimind.chat import kernels
+random = np.random.default_rng(0)
+qkv, rotation = (random.standard_normal(shape, np.float32) for shape in ((16, 12, 64), (160, 64)))
+keys = random.integers(0, 15000, (16, 2, 5 * 32 // kernels.WIDTH, 64, kernels.WIDTH), np.uint16)
+values = random.integers(0, 15000, (16, 2, 64 // kernels.WIDTH, 160, kernels.WIDTH), np.uint16)
+found = kernels.attend(qkv, rotation, keys, values, np.arange(16), np.full(16, 97))
+print(sum(kernels.attend.stats.cache_hits.values()), hashlib.md5(found.tobytes()).hexdigest())
+"""
+
+
+def test_kept_code_rounds_as_it_did_when_it_was_made(monkeypatch, tmp_path):
+    """Which copy of a loop is called differs between the two, and so must not the order of its sums."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    made, kept = (
+        subprocess.run(
+            [sys.executable, "-c", ATTENTION], cwd=ROOT, capture_output=True, text=True
+        ).stdout.split()
+        for _ in range(2)
+    )
+    assert made == ["0", made[1]]
+    assert kept == ["1", made[1]]
+
+
 THREADS = """
 import torch
 from minimind import loops

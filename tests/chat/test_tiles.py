@@ -17,6 +17,7 @@ from llvmlite.binding import get_host_cpu_features
 from minimind.chat import tiles
 from minimind.chat.options import WEIGHTS
 from minimind.chat.packed import PACKS
+from minimind.loops import compiled
 from minimind.paths import ROOT
 
 NEAR = {"fp32": 1e-6, "half": 4e-3, "int8": 0.02}
@@ -82,6 +83,12 @@ def test_rows_are_rounded_to_the_nearest_step():
     found = rounded[:, :5].astype(int) - tiles.ZERO
     assert found.tolist() == [[1, -2, 1, 0, 127], [0, 0, 0, 0, 0], [127, -127, 2, 1, 0]]
     assert steps[[0, 2]].tolist() == [1, 2]
+
+
+def test_a_total_is_of_all_numbers_and_of_no_more():
+    total = compiled()(lambda numbers: tiles.total(numbers))
+    numbers = np.random.default_rng(0).integers(-1000, 1000, 300).astype(np.float32)  # their sums are exact
+    assert [total(numbers[:count]) for count in range(300)] == [numbers[:count].sum() for count in range(300)]
 
 
 PROCESSORS = {  # by their names at LLVM: what of their instructions tiles use
