@@ -12,22 +12,21 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from minimind.errors import UserError
 from minimind.paths import pip_install
+from minimind.threads import Result, in_own_thread
 
 # The clients' own tries go on for half a minute and more.
 CONNECT_SECONDS = 6.0
 LISTING_SECONDS = 15.0
-Result = TypeVar("Result")
 
 SUFFIXES = (".jsonl", ".jsonl.gz")  # of data; the repositories hold pictures and papers too
 
@@ -200,15 +199,7 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
     In a thread of its own, since no timeout of a socket covers the time that a name takes to be resolved, nor
     the further tries of a client.
     """
-    answer: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(call())
-        except Exception as error:  # handed on, as if there were no thread
-            answer.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    answer = in_own_thread(call)
     if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer in {seconds:.0f} seconds")
     return answer.result()

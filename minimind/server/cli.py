@@ -19,6 +19,7 @@ from minimind.environment import wait_briefly
 from minimind.errors import UserError
 from minimind.flags import flag, parse_flags
 from minimind.paths import pip_install
+from minimind.threads import in_own_thread
 
 if TYPE_CHECKING:
     from minimind.chat.inference import InferenceModel
@@ -119,7 +120,9 @@ def serve(options: ServeOptions, listener: socket.socket, key: str | None) -> in
 
     path = options.find_weights(sys.stdout)
     tokenizer = options.load_tokenizer()
-    models = load_models(path, options, tokenizer)
+    # OpenMP's helpers end with the thread that had them. Beside those of the engines' thread there would be
+    # more than cores, and GNU's OpenMP then lets them sleep after each loop: one answer took twice as long.
+    models = in_own_thread(lambda: load_models(path, options, tokenizer)).result()
 
     def stop() -> None:
         server.should_exit = True

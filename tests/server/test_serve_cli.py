@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,24 @@ def test_threads_that_wait_leave_the_cores_to_others(tmp_path, monkeypatch):
     ):
         cli.serve(cli.ServeOptions(out_dir=tmp_path, device="cpu"), listener, None)
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+
+def test_the_models_are_loaded_in_a_thread_that_ends(out, monkeypatch):
+    """The helpers that OpenMP gives it would slow down those of the engines' thread."""
+    loaders = []
+
+    def load_models(*_):
+        loaders.append(threading.current_thread())
+        raise UserError("enough")
+
+    monkeypatch.setattr(cli, "wait_briefly", lambda: None)
+    monkeypatch.setattr(cli, "load_models", load_models)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(UserError, match="enough"):
+        cli.serve(cli.ServeOptions(out_dir=out, hidden_size=64, device="cpu"), listener, None)
+    [loader] = loaders
+    assert loader is not threading.current_thread()
+    loader.join(5)
+    assert not loader.is_alive()
 
 
 def test_a_transformers_directory_is_served(out, serve, tmp_path):
