@@ -376,9 +376,9 @@ def weights_of(scores, largest, temperature):
 
 @compiled()
 def nucleus(weights, whole, knobs):
-    """The ids of weights (V,), whose sum is `whole`, that top k, top p and min p leave, the likeliest first.
+    """The ids, rising, of weights (V,), whose sum is `whole`, that top k, top p and min p leave.
 
-    Only what may be among them is sorted, a few as a rule: that is far less work than all V.
+    Only what may be among them is looked at again and again, a few as a rule: far less than all V.
     """
     floor, enough, found = 1.0, False, np.empty(0, np.int64)
     while floor > LEAST_WEIGHT and not enough:
@@ -388,17 +388,36 @@ def nucleus(weights, whole, knobs):
             enough = len(found) >= knobs.top_k
         else:
             enough = floor <= knobs.min_p or mass(weights, found) >= knobs.top_p * whole
-    found = found[np.argsort(-weights[found], kind="mergesort")]
-    wanted = knobs.top_p * whole
     if knobs.top_k:
-        found = found[: knobs.top_k]
-        wanted = knobs.top_p * mass(weights, found)
-    before = 0.0
-    for count, token in enumerate(found):
-        if before >= wanted or weights[token] < knobs.min_p:
-            return found[:count]
-        before += weights[token]
-    return found
+        found = likeliest_of(found, weights[found], np.ones(len(found), np.float32), knobs.top_k)
+        whole = mass(weights, found)
+    own = weights[found]
+    found = likeliest_of(found, own, own, knobs.top_p * whole)
+    return found[weights[found] >= knobs.min_p]
+
+
+@compiled()
+def likeliest_of(ids, weights, sizes, wanted):
+    """Of ids (M,), those of the largest weights (M,) whose sizes (M,) are `wanted` together, or more by one.
+
+    Of equal weights the first count. Nothing is sorted: halving an interval finds the smallest that does.
+    """
+    bits, counted = weights.view(np.int32), np.empty_like(sizes)  # bits of positive numbers are ordered alike
+    low, high = 0, 0x7F800000  # infinity
+    while high - low > 1:
+        middle = (low + high) // 2
+        for i in range(len(bits)):
+            counted[i] = sizes[i] if bits[i] >= middle else np.float32(0)
+        if total(counted) >= wanted:
+            low = middle
+        else:
+            high = middle
+    kept = bits > low
+    there = mass(sizes, np.flatnonzero(kept))
+    for place in np.flatnonzero(bits == low):
+        kept[place] = there < wanted
+        there += sizes[place]
+    return ids[kept]
 
 
 @compiled()

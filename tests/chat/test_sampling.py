@@ -98,6 +98,15 @@ def test_a_wide_min_p_is_found_exactly():
     assert kept - 20 <= max(ids) <= kept  # the id is the rank here
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"), [(3, 1, 3), (None, 0.5, 4), (6, 0.5, 3), (None, 1e-6, 1)]
+)
+def test_of_equal_tokens_the_first_are_kept(top_k, top_p, kept):
+    options = SamplingOptions(temperature=1, top_k=top_k, top_p=top_p, seed=0)
+    (ids,) = draws(torch.zeros(8), [options], 1000)
+    assert set(ids) == set(range(kept))
+
+
 @pytest.mark.parametrize("temperature", [0, 1e-30, 1e-5])
 def test_no_temperature_is_greedy(temperature):
     logits = torch.randn(50, 300)
