@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, NamedTuple
@@ -62,6 +62,11 @@ class Request:
         return self.read == len(self.prompt) - 1
 
     @property
+    def held(self) -> list[int]:
+        """The tokens whose keys and values its row of the cache has."""
+        return [*self.prompt, *self.answer][: self.read + len(self.answer)]
+
+    @property
     def position(self) -> int:
         """Of the token to be fed next: the last of prompt and answer."""
         return len(self.prompt) + len(self.answer) - 1
@@ -81,6 +86,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         # Row i of the cache belongs to running[i]. All are ready but the last, whose prompt may be half read.
         self.running: list[Request] = []
+        self.left: dict[int, list[int]] = {}  # what free rows of the cache still hold
         self._ids = count()
 
     @property
@@ -181,6 +187,8 @@ class Engine:
                     break
                 self.running.append(self.waiting.popleft())
             request = self.running[-1]
+            if not request.read:
+                self._recall(request, {stretch.row: stretch.start for stretch in stretches})
             ids = request.prompt[request.read : -1][:PREFILL]
             if len(ids) > budget:
                 break
@@ -191,8 +199,27 @@ class Engine:
         if stretches:
             self.model.read(stretches, self.cache)
 
+    def _recall(self, request: Request, unread: Mapping[int, int]) -> None:
+        """Spare a prompt, the last, the longest beginning that a row holds, as of the turn before in a chat.
+
+        unread: rows of which tokens are about to be read, from which position on.
+        """
+        own = len(self.running) - 1
+        held = self.left | {i: self.running[i].held[: unread.get(i)] for i in range(own)}
+        self.left.pop(own, None)
+        if self.model.device.type != "cpu":  # where it would be rounded otherwise, as other products are
+            return
+        wanted = request.prompt[:-1]
+        length, _, row = max(
+            ((shared(ids, wanted), i == own, i) for i, ids in held.items()), default=(0, 0, 0)
+        )
+        if length and row != own:
+            self.cache.move(row, own, length)
+        request.read = length
+
     def _leave(self, request: Request) -> None:
         """Close the gap that a request leaves, so that the running ones stay the first rows."""
+        left = self.running[-1].held
         gap = self.running.index(request)
         last_ready = len(self.running) - (1 if self.running[-1].ready else 2)
         for row in (last_ready, len(self.running) - 1):  # a half-read prompt stays the last
@@ -200,7 +227,14 @@ class Engine:
                 self._move(row, gap)
                 gap = row
         self.running.pop()
+        self.left[len(self.running)] = left
 
     def _move(self, source: int, target: int) -> None:
         request = self.running[target] = self.running[source]
         self.cache.move(source, target, request.read + len(request.answer))
+
+
+def shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

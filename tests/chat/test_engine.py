@@ -12,10 +12,11 @@ from minimind.chat import engine as engine_module
 from minimind.chat.engine import Engine, Event
 from minimind.chat.generate import generate
 from minimind.chat.inference import InferenceModel
-from minimind.chat.options import SamplingOptions
+from minimind.chat.options import WEIGHTS, SamplingOptions
 from minimind.errors import UserError
+from minimind.model import MiniMind
 
-from .models import random_model
+from .models import SHAPES, random_model
 
 GREEDY = SamplingOptions(temperature=0, repetition_penalty=1, max_new_tokens=20)
 MANY = [
@@ -110,6 +111,45 @@ def test_others_do_not_notice_a_cancelled_request(model, requests, when, monkeyp
             if i != gone:
                 assert tokens(told[i] + later[i]) == answer
         engine.cancel(gone)  # again, or after its end: no mistake
+
+
+class Reading(InferenceModel):
+    """Notes what it reads of prompts."""
+
+    def __init__(self, model: MiniMind, weights: str) -> None:
+        super().__init__(model, weights)
+        self.stretches: list[tuple[int, int]] = []  # (start, length)
+
+    def read(self, stretches, cache):
+        self.stretches += [(stretch.start, len(stretch.ids)) for stretch in stretches]
+        super().read(stretches, cache)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_row_still_holds_is_not_read_again(shape, weights):
+    model = Reading(random_model(SHAPES[shape]), weights)
+    first, second = ([7 * i % 300 for i in range(start, start + 40)] for start in (3, 900))
+    engine, told = Engine(model, rows=2, max_length=200), {}
+
+    def ask(*prompts: list[int]) -> list[list[int]]:
+        """The answers; each is that of an engine which holds nothing."""
+        numbers = [engine.submit(prompt, GREEDY, stop_ids=()) for prompt in prompts]
+        told.update(run(engine))
+        model.stretches, found = [], (model.stretches, [tokens(told[number]) for number in numbers])
+        assert found[1] == [list(generate(model, prompt, GREEDY, stop_ids=())) for prompt in prompts]
+        model.stretches = []
+        return found
+
+    read, [answer] = ask(first)
+    assert read == [(0, 39)]
+    again = [*first, *answer, 5, 6, 7]  # the next turn of a chat
+    assert ask(again)[0] == [(59, 3)]  # the last token of an answer was never fed
+    assert ask(first)[0] == []
+    assert ask([*first[:30], 9, 9])[0] == [(30, 1)]
+    # Two at a time begin as what a row holds; the first then leaves its row to the other.
+    assert ask([*first[:20], *second], [*first[:20], *second[1:]])[0] == [(20, 39), (20, 38)]
+    assert ask([*first[:20], *second[1:], 8, 9], second)[0] == [(59, 1), (0, 39)]
 
 
 def test_a_long_prompt_is_read_beside_running_answers(model):
