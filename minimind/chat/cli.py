@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from minimind.chat.engine import Engine
     from minimind.chat.inference import InferenceModel
 
-    inference_model = InferenceModel(model, which.weights)
-    Engine(inference_model, rows=1, max_length=2).warm_up()
+    engine = Engine(InferenceModel(model, which.weights), rows=1, max_length=how.max_seq_len)
+    engine.warm_up()
     questions = questions_for(which.stage, which.adapters)
-    talk = Talk(inference_model, session, how, notes, questions, reasons=which.stage == "reason")
+    talk = Talk(engine, session, how, notes, questions, reasons=which.stage == "reason")
     if arguments.prompt:
         for text in arguments.prompt:
             talk.answer(text)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, NamedTuple
@@ -128,6 +128,24 @@ class Engine:
         )
         self.waiting.append(request)
         return request.id
+
+    def stream(
+        self, prompt_ids: Sequence[int], options: SamplingOptions, stop_ids: Collection[int] = STOP_IDS
+    ) -> Iterator[int]:
+        """The tokens of one answer as they come, from an engine that has no other."""
+        self.submit(prompt_ids, options, stop_ids)
+        try:
+            while self.busy:
+                yield from (event.token for event in self.step() if event.token is not None)
+        finally:
+            if self.busy:  # interrupted, perhaps in the middle of a step
+                self.forget()
+
+    def forget(self) -> None:
+        """Give up all requests, and what the cache holds."""
+        self.waiting.clear()
+        self.running.clear()
+        self.left.clear()
 
     def cancel(self, request_id: int) -> None:
         """Forget a request. One that has already finished is no mistake: it may just have."""

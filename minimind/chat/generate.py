@@ -20,9 +20,7 @@ def generate(
 ) -> Iterator[int]:
     """Stream the ids of one answer; it ends before a stop id, or after `options.max_new_tokens`."""
     engine = Engine(model, rows=1, max_length=len(prompt_ids) + options.max_new_tokens)
-    engine.submit(prompt_ids, options, stop_ids)
-    while engine.busy:
-        yield from (event.token for event in engine.step() if event.token is not None)
+    return engine.stream(prompt_ids, options, stop_ids)
 
 
 class Generated(NamedTuple):

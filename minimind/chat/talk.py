@@ -16,7 +16,7 @@ from minimind.errors import UserError
 from minimind.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from minimind.chat.inference import InferenceModel
+    from minimind.chat.engine import Engine
 
 YOU, MODEL = "你 / you> ", "MiniMind> "
 HEADINGS = {"thinking": "思考 / thinking:", "answer": "回答 / answer:"}
@@ -26,9 +26,9 @@ DIM = "\x1b[2m{}\x1b[0m"
 
 @dataclass
 class Talk:
-    """A model, what has been said, and where to write what is not part of an answer."""
+    """A model's engine, what has been said, and where to write what is not part of an answer."""
 
-    model: InferenceModel
+    engine: Engine
     session: ChatSession
     options: SamplingOptions
     notes: TextIO
@@ -40,15 +40,13 @@ class Talk:
 
         Raises: UserError when `text` is too long.
         """
-        from minimind.chat.generate import generate
-
         prompt_ids = self.session.prompt_ids(text)
         options = replace(self.options, max_new_tokens=self.session.answer_room(prompt_ids))
         decoder = StreamDecoder(self.session.tokenizer)  # not flushed: a character cut in half is not shown
         pieces: list[str] = []  # one a token
 
         def stream() -> Iterator[str]:
-            for token in generate(self.model, prompt_ids, options):
+            for token in self.engine.stream(prompt_ids, options):
                 pieces.append(decoder.push(token))
                 yield pieces[-1]
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from minimind.chat import cli, generate, inference, questions
+from minimind.chat import cli, inference, questions
+from minimind.chat.engine import Engine
 from minimind.chat.inference import InferenceModel
 from minimind.paths import ROOT
 from minimind.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def say(monkeypatch, *answers: list[int] | type[BaseException]) -> list[list[int
     """
     prompts, queue = [], list(answers)
 
-    def fake(model, prompt_ids, options):
+    def fake(engine, prompt_ids, options):
         prompts.append(prompt_ids)
         answer = queue.pop(0)
         if isinstance(answer, list):
@@ -45,7 +46,7 @@ def say(monkeypatch, *answers: list[int] | type[BaseException]) -> list[list[int
             yield Tokenizer.load().encode("停")[0]
             raise answer
 
-    monkeypatch.setattr(generate, "generate", fake)
+    monkeypatch.setattr(Engine, "stream", fake)
     return prompts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_what_a_row_still_holds_is_not_read_again(shape, weights):
     # Two at a time begin as what a row holds; the first then leaves its row to the other.
     assert ask([*first[:20], *second], [*first[:20], *second[1:]])[0] == [(20, 39), (20, 38)]
     assert ask([*first[:20], *second[1:], 8, 9], second)[0] == [(59, 1), (0, 39)]
+
+
+def test_an_answer_that_was_interrupted_leaves_nothing_behind(model, monkeypatch):
+    engine, first = Engine(model, rows=1, max_length=100), [7 * i for i in range(3, 40)]
+    stream = engine.stream(first, GREEDY, stop_ids=())
+    begun = [next(stream) for _ in range(3)]
+    monkeypatch.setattr(model, "read", interrupt := Mock(side_effect=KeyboardInterrupt))
+    stream.close()
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream([*first[:20], *first], GREEDY, stop_ids=()))
+    monkeypatch.undo()
+    assert interrupt.called
+    assert not engine.busy
+    assert list(engine.stream(first, GREEDY, stop_ids=())) == (
+        whole := list(generate(model, first, GREEDY, stop_ids=()))
+    )
+    assert begun == whole[:3]
 
 
 def test_a_long_prompt_is_read_beside_running_answers(model):
