@@ -222,11 +222,11 @@ class Engine:
 
         unread: rows of which tokens are about to be read, from which position on.
         """
+        if self.model.device.type != "cpu":  # where it would be rounded otherwise, as other products are
+            return
         own = len(self.running) - 1
         held = self.left | {i: self.running[i].held[: unread.get(i)] for i in range(own)}
         self.left.pop(own, None)
-        if self.model.device.type != "cpu":  # where it would be rounded otherwise, as other products are
-            return
         wanted = request.prompt[:-1]
         length, _, row = max(
             ((shared(ids, wanted), i == own, i) for i, ids in held.items()), default=(0, 0, 0)

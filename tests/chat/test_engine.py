@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from random import Random
 from unittest.mock import Mock
 
 import pytest
@@ -151,6 +152,31 @@ def test_what_a_row_still_holds_is_not_read_again(shape, weights):
     # Two at a time begin as what a row holds; the first then leaves its row to the other.
     assert ask([*first[:20], *second], [*first[:20], *second[1:]])[0] == [(20, 39), (20, 38)]
     assert ask([*first[:20], *second[1:], 8, 9], second)[0] == [(59, 1), (0, 39)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_that_begin_alike_are_answered_as_alone(model, seed, monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL", 16)
+    random = Random(seed)
+    engine, texts, asked, told = Engine(model, rows=3, max_length=128), [[5]], {}, defaultdict(list)
+    for _ in range(300):
+        if random.random() < 0.2:  # as long as any, or a cut, with something new
+            begun = random.choice(texts)[: random.randint(1, 60)]
+            prompt = begun + [random.randrange(3, 300) for _ in range(random.randint(1, 30))]
+            options = SamplingOptions(seed=random.randrange(100), max_new_tokens=random.randint(1, 20))
+            asked[engine.submit(prompt, options)] = prompt, options
+            texts.append(prompt)
+        if asked and random.random() < 0.05:
+            engine.cancel(random.choice(list(asked)))
+        for event in engine.step():
+            told[event.id].append(event)
+            if event.finished:
+                texts.append(asked[event.id][0] + tokens(told[event.id]))
+    ended = [number for number, events in told.items() if events[-1].finished]
+    assert len(ended) > 20
+    for number in ended:
+        prompt, options = asked[number]
+        assert tokens(told[number]) == list(generate(model, prompt, options))
 
 
 def test_an_answer_that_was_interrupted_leaves_nothing_behind(model, monkeypatch):
