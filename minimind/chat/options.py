@@ -40,7 +40,7 @@ class SamplingOptions:
         if not 0 <= self.temperature <= 100:
             raise UserError(f"temperature must be 0 (greedy) to 100, not {self.temperature}")
         if not 1e-6 <= self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+            raise UserError(f"top_p must be 0.000001 to 1 (no limit), not {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out for no limit")
         if not 0 <= self.min_p <= 1:
