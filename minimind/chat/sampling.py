@@ -1,4 +1,4 @@
-"""From logits to tokens: what may be drawn. The draw itself is a loop of `kernels.py`.
+"""From logits to tokens: what may be drawn. The draw itself is a loop of `draws.py`.
 
 Rows of a batch belong to different answers, each with options and chance of its own. Nothing here depends on
 the other rows, so a seed gives one answer, whoever shares the batch.
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from minimind.chat.kernels import NO_ID, draw, share_threads
+from minimind.chat.draws import NO_ID, draw
+from minimind.chat.kernels import share_threads
 from minimind.chat.options import SamplingOptions
 
 CONTROL_IDS = (0, 1, 2)  # <|endoftext|> (also padding), <|im_start|>, <|im_end|>
@@ -23,7 +24,7 @@ STOP_IDS = (0, 2)  # what may end an answer; the other control ids are never dra
 PENALTY_WINDOW = 64  # tokens; in a longer answer common words such as "的" must come again
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows, and there is nothing left to chance anyway
 
-# What `kernels.draw` reads of a row's options. No limit is a top_k of 0, greedy a temperature of 0.
+# What `draws.draw` reads of a row's options. No limit is a top_k of 0, greedy a temperature of 0.
 KNOBS = np.dtype(
     [
         ("temperature", np.float32),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numba.core import caching
 
 from minimind import loops
-from minimind.chat import kernels
+from minimind.chat import draws, kernels
 from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
 from minimind.chat.operations import Attention, KVCache
@@ -98,7 +98,7 @@ def test_attention_is_that_of_pytorchs_operations(weights, tolerance, shape):
 def test_the_first_place_of_the_largest(numbers):
     numbers = np.array(numbers, np.float32)
     assert kernels.largest_of(numbers) == numbers.max()
-    assert kernels.place_of(numbers.max(), numbers) == numbers.argmax()
+    assert draws.place_of(numbers.max(), numbers) == numbers.argmax()
     assert np.isnan(kernels.largest_of(np.append(numbers, np.float32(np.nan))))
 
 
@@ -171,7 +171,7 @@ def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
 
 ATTENTION = """
 import hashlib, numpy as np
-from minimind.chat import kernels
+from minimind.chat import draws, kernels
 random = np.random.default_rng(0)
 qkv, rotation = (random.standard_normal(shape, np.float32) for shape in ((16, 12, 64), (160, 64)))
 keys = random.integers(0, 15000, (16, 2, 5 * 32 // kernels.WIDTH, 64, kernels.WIDTH), np.uint16)
@@ -197,7 +197,7 @@ def test_kept_code_rounds_as_it_did_when_it_was_made(monkeypatch, tmp_path):
 THREADS = """
 import torch
 from minimind import loops
-from minimind.chat import kernels
+from minimind.chat import draws, kernels
 torch.set_num_threads(1)
 kernels.share_threads()
 print(torch.get_num_threads(), kernels.numba.get_num_threads())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.chat.kernels import NO_ID, penalize
+from minimind.chat.draws import NO_ID, penalize
 from minimind.chat.options import SamplingOptions
 from minimind.chat.sampling import Sampler, sample, token_logprobs
 from minimind.errors import UserError
