@@ -5,8 +5,7 @@ a whole layer is one call. The first on a machine compiles, for some seconds; th
 file or in the user's cache.
 
 Shapes: M tokens of any rows, R of them or of their heads, I inputs, H hidden size, E experts, N query heads,
-K key/value heads, D head width. Arrays are contiguous, and numbers fp32, where nothing else is
-said.
+K key/value heads, D head width. Arrays are contiguous, and numbers fp32, where nothing else is said.
 """
 
 from __future__ import annotations
