@@ -19,17 +19,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import tokenizers
 
-from minimind.bulk_encoding import LONGEST, bulk_encoder
+from minimind.bulk_encoding import BulkEncoder, bulk_encoder, replace_surrogates
 from minimind.chat_template import compile_template, without_marks
 from minimind.errors import UserError
 from minimind.paths import TOKENIZER_DIR
-
-if TYPE_CHECKING:
-    import tiktoken
 
 END_OF_TEXT, IM_START, IM_END = CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -139,20 +136,38 @@ class Tokenizer:
         except TypeError:
             return self._text_encoder.encode(replace_surrogates(text), add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts: the same ids, about three times as fast with a tokenizer like ours."""
-        fast = self._bulk_encoder
-        if fast is None:
-            return list(map(self.encode, texts))
-        return [fast.encode_ordinary(text) if len(text) <= LONGEST else self.encode(text) for text in texts]
-
-    @cached_property
-    def _bulk_encoder(self) -> tiktoken.Encoding | None:
-        return bulk_encoder(self._source[0], WORD, self.token_bytes)
-
     def encode_document(self, text: str) -> list[int]:
         """One pretraining document: `<|im_start|>`, the text, `<|im_end|>` (the convention of MiniMind2)."""
         return [self.bos_id, *self.encode(text), self.eos_id]
+
+    def encode_documents(self, texts: Iterable[str]) -> np.ndarray:
+        """`encode_document` for many texts, one after the other: (tokens,) uint32.
+
+        The same ids, about four times as fast with a tokenizer like ours.
+        """
+        fast = self._bulk_encoder
+        parts = [np.empty(0, np.uint32)]
+        for in_bulk, run in itertools.groupby(texts, lambda text: fast is not None and fast.takes(text)):
+            if fast and in_bulk:
+                parts.append(fast.encode_documents(list(run)))
+            else:
+                ids = itertools.chain.from_iterable(map(self.encode_document, run))
+                parts.append(np.fromiter(ids, np.uint32))
+        return np.concatenate(parts)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` for many texts, in bulk like `encode_documents`."""
+        documents = self.encode_documents(texts)
+        ids, ends = documents.tolist(), self.document_ends(documents).tolist()
+        return [ids[start + 1 : end - 1] for start, end in itertools.pairwise([0, *ends])]
+
+    def document_ends(self, documents: np.ndarray) -> np.ndarray:
+        """Where each of `encode_documents` ends: (texts,) int64."""
+        return np.flatnonzero(documents == self.eos_id) + 1  # which is nowhere in a text
+
+    @cached_property
+    def _bulk_encoder(self) -> BulkEncoder | None:
+        return bulk_encoder(self._source[0], WORD, self.token_bytes, self.bos_id, self.eos_id)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -323,11 +338,6 @@ def _byte_alphabet() -> list[str]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = itertools.count(0x100)
     return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
-
-
-def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: pairs of surrogates joined, lone ones as in JSON's "\\ud800", as U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _split_at_placeholders(rendered: str) -> Iterator[tuple[str, int | None]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.bulk_encoding import LONGEST, bulk_encoder
+from minimind.bulk_encoding import BEGIN, END, LONGEST, bulk_encoder
 from minimind.paths import DATASET_DIR, TOKENIZER_DIR
 from minimind.tokenizer import WORD, Tokenizer
 from minimind.tokenizer_training import TokenizerOptions, train_tokenizer
@@ -19,19 +19,30 @@ SOURCE = (TOKENIZER_DIR / "tokenizer.json").read_text(encoding="utf-8")
 
 def encoder_of(source: dict | str, word: str = WORD):
     source = source if isinstance(source, str) else json.dumps(source)
-    return bulk_encoder(source, word, TOKENIZER.token_bytes)
+    return bulk_encoder(source, word, TOKENIZER.token_bytes, TOKENIZER.bos_id, TOKENIZER.eos_id)
 
 
 def test_the_shipped_tokenizer_has_one():
     assert TOKENIZER._bulk_encoder is not None
 
 
-@settings(max_examples=300)
-@given(
-    st.text(st.characters(exclude_categories=[]), max_size=60) | st.text("ab 1。中国\n\t'sS!ſ", max_size=60)
+TEXTS = (
+    st.text(st.characters(exclude_categories=[]), max_size=60)  # lone surrogates too
+    | st.text("ab 1。中国\n\t'sS!ſ", max_size=60)
+    | st.text(f"a {BEGIN}{END}\ud83d\ude00", max_size=4)
 )
-def test_any_text(text):  # lone surrogates too
-    assert TOKENIZER.encode_batch([text]) == [TOKENIZER.encode(text)]
+
+
+@settings(max_examples=300)
+@given(st.lists(TEXTS, max_size=6))
+def test_any_texts(texts):
+    expected = [TOKENIZER.encode(text) for text in texts]
+    assert TOKENIZER.encode_batch(texts) == expected
+    documents = TOKENIZER.encode_documents(texts)
+    assert documents.tolist() == [i for text in texts for i in TOKENIZER.encode_document(text)]
+    assert TOKENIZER.document_ends(documents).tolist() == [
+        sum(len(ids) + 2 for ids in expected[: i + 1]) for i in range(len(texts))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +59,8 @@ def test_any_text(text):  # lone surrogates too
     ids=["ideographs", "spaces", "too long", "newlines", "one word", "control tokens", "emoji"],
 )
 def test_long_and_hostile_texts(text):
-    assert TOKENIZER.encode_batch([text]) == [TOKENIZER.encode(text)]
+    ids = [TOKENIZER.encode(part) for part in ("before ", text, " after")]
+    assert TOKENIZER.encode_batch(["before ", text, " after"]) == ids
 
 
 @pytest.mark.parametrize("name", ["pretrain_val", "sft_mini_512"])

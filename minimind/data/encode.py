@@ -55,12 +55,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> EncodedBlock:
     """Parse, check and tokenise the lines of `block`."""
     records, bad_records = parse_block(block, kind, file)
-    documents, masks, utf8_bytes = _encode_records([record for _, record in records], kind, tokenizer)
-    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-    tokens = np.fromiter(
-        chain.from_iterable(documents), token_dtype(tokenizer.vocab_size), int(lengths.sum())
-    )
-    weights = None if masks is None else np.fromiter(chain.from_iterable(masks), np.uint8, len(tokens))
+    encode = _encode_texts if kind == "pretrain" else _encode_chats
+    tokens, weights, lengths, utf8_bytes = encode([record for _, record in records], kind, tokenizer)
+    tokens = tokens.astype(token_dtype(tokenizer.vocab_size))
     per_record = 2 if kind == "preference" else 1
     ends = lengths.reshape(-1, per_record).sum(axis=1).cumsum()
     fingerprints = [zlib.crc32(part) for part in np.split(tokens, ends[:-1])] if len(ends) else []
@@ -76,15 +73,18 @@ def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> E
     )
 
 
-def _encode_records(
-    records: list[Any], kind: Kind, tokenizer: Tokenizer
-) -> tuple[list[list[int]], list[list[int]] | None, int]:
-    """Token ids of every document, their target weights (None for pretraining), the bytes of their texts."""
-    if kind == "pretrain":
-        texts = [record.text for record in records]
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        documents = [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
-        return documents, None, sum(len(text.encode()) for text in texts)
+# Of `EncodedBlock`: tokens, weights, lengths, utf8_bytes.
+Documents = tuple[np.ndarray, np.ndarray | None, np.ndarray, int]
+
+
+def _encode_texts(records: list[Any], kind: Kind, tokenizer: Tokenizer) -> Documents:
+    texts = [record.text for record in records]
+    tokens = tokenizer.encode_documents(texts)
+    lengths = np.diff(tokenizer.document_ends(tokens), prepend=0)
+    return tokens, None, lengths, sum(len(text.encode()) for text in texts)
+
+
+def _encode_chats(records: list[Any], kind: Kind, tokenizer: Tokenizer) -> Documents:
     conversations: list[Any] = [messages for record in records for messages in chats_of(record)]
     encoded = tokenizer.encode_chat_batch(conversations)
     if kind == "preference":
@@ -92,7 +92,10 @@ def _encode_records(
     elif kind == "reasoning":
         encoded = [(ids, _mark_tags(ids, mask, tokenizer)) for ids, mask in encoded]
     utf8_bytes = sum(len(message["content"].encode()) for messages in conversations for message in messages)
-    return [ids for ids, _ in encoded], [mask for _, mask in encoded], utf8_bytes
+    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.uint32, lengths.sum())
+    weights = np.fromiter(chain.from_iterable(mask for _, mask in encoded), np.uint8, lengths.sum())
+    return tokens, weights, lengths, utf8_bytes
 
 
 def _last_answer(mask: list[int]) -> list[int]:

@@ -92,11 +92,11 @@ def test_a_large_vocabulary_takes_four_bytes(write_lines, tokenizer):
     class Large(Tokenizer):
         vocab_size = 70_000
 
-        def encode_batch(self, texts):
-            return [[69_999] for _ in texts]
+        def encode(self, text):
+            return [69_999]
 
     large = Large.__new__(Large)
-    large.__dict__.update({**vars(tokenizer), "vocab_size": 70_000})
+    large.__dict__.update({**vars(tokenizer), "vocab_size": 70_000, "_bulk_encoder": None})
     store = prepare(write_lines(*TEXTS), "pretrain", large, num_workers=0)
     assert store.tokens.dtype == np.uint32
     assert store.document(0).tolist() == [1, 69_999, 2]
