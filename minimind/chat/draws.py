@@ -10,8 +10,8 @@ import math
 import numpy as np
 from numba import prange
 
-from minimind.chat.kernels import EXP_LIMIT, exp, largest_of
-from minimind.chat.tiles import total
+from minimind.chat.kernels import EXP_LIMIT, exp
+from minimind.chat.vectors import largest_of, total
 from minimind.loops import compiled
 
 NO_ID = -1  # fills up lists of ids

@@ -28,7 +28,7 @@ import torch
 from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
 from minimind.chat.options import SamplingOptions
-from minimind.chat.sampling import STOP_IDS, Sampler, TokenLogprobs, sample, token_logprobs
+from minimind.chat.sampling import STOP_IDS, Sampler, TokenLogprobs, token_logprobs
 from minimind.errors import UserError
 
 PREFILL = 256  # prompt tokens in a step; a thirtieth of a second for 26 M parameters on two cores
@@ -49,7 +49,7 @@ class Event(NamedTuple):
 class Request:
     id: int
     prompt: list[int]
-    sampler: Sampler
+    options: SamplingOptions
     stop_ids: Collection[int]
     max_new_tokens: int
     top_logprobs: int | None
@@ -83,6 +83,7 @@ class Engine:
         self.rows = rows
         self.max_length = min(max_length, model.config.max_position_embeddings)
         self.cache = model.cache(rows, self.max_length)
+        self.sampler = Sampler(rows)
         self.waiting: deque[Request] = deque()
         # Row i of the cache belongs to running[i]. All are ready but the last, whose prompt may be half read.
         self.running: list[Request] = []
@@ -122,9 +123,8 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; with an answer it must fit in {self.max_length}"
             )
         longest = min(options.max_new_tokens, room)
-        sampler = Sampler(options, stop_ids)
         request = Request(
-            next(self._ids), list(prompt_ids), sampler, frozenset(stop_ids), longest, top_logprobs
+            next(self._ids), list(prompt_ids), options, frozenset(stop_ids), longest, top_logprobs
         )
         self.waiting.append(request)
         return request.id
@@ -169,7 +169,7 @@ class Engine:
         logits = self.model.next_logits(last, [request.position for request in ready], self.cache)  # (B, V)
         asked = [row for row, request in enumerate(ready) if request.top_logprobs is not None]
         logprobs = dict(zip(asked, logits[asked].log_softmax(-1), strict=True)) if asked else {}
-        tokens = sample(logits, [r.sampler for r in ready], [r.answer for r in ready])
+        tokens = self.sampler.draw(logits)
 
         events = []
         for row, (request, token) in enumerate(zip(ready, tokens, strict=True)):
@@ -203,7 +203,9 @@ class Engine:
             if not self.running or self.running[-1].ready:
                 if not self.waiting or len(self.running) == self.rows:
                     break
-                self.running.append(self.waiting.popleft())
+                begun = self.waiting.popleft()
+                self.sampler.begin(len(self.running), begun.options, begun.stop_ids)
+                self.running.append(begun)
             request = self.running[-1]
             if not request.read:
                 self._recall(request, {stretch.row: stretch.start for stretch in stretches})
@@ -249,6 +251,7 @@ class Engine:
 
     def _move(self, source: int, target: int) -> None:
         request = self.running[target] = self.running[source]
+        self.sampler.move(source, target)
         self.cache.move(source, target, request.read + len(request.answer))
 
 

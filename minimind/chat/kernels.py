@@ -10,6 +10,7 @@ K key/value heads, D head width. Arrays are contiguous, and numbers fp32, where 
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numba
@@ -18,7 +19,8 @@ import torch
 from numba import prange
 from numba.extending import overload
 
-from minimind.chat.tiles import ROWS, WIDTH, Packed, as_held, multiply, tile, total
+from minimind.chat.tiles import ROWS, WIDTH, Packed, multiply, multiply_and_add, tile
+from minimind.chat.vectors import as_held, largest_of, total
 from minimind.loops import compiled
 
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
@@ -44,13 +46,19 @@ class LayerWeights(NamedTuple):
     mlp: MLPWeights | MixtureWeights
 
 
+_known = threading.local()  # how many threads `share_threads` has told Numba of
+
+
 def share_threads() -> None:
     """Let the loops that this thread calls use as many threads as PyTorch's operations do."""
     threads = torch.get_num_threads()
+    if getattr(_known, "threads", None) == threads:
+        return
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     # The first time starts Numba's, and tells the OpenMP that serves both to use one for each core.
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    _known.threads = threads
 
 
 @compiled(fastmath={"contract"})
@@ -67,21 +75,6 @@ def exp(x):
 
 
 @compiled()
-def largest_of(numbers):
-    """Of numbers (I,) in fp32, or one that is no number. As integers they are compared in vectors."""
-    bits, largest = numbers.view(np.int32), np.int32(-(2**31))
-    for i in range(len(bits)):
-        largest = max(largest, in_order(bits[i]))
-    return np.int32(in_order(largest)).view(np.float32)
-
-
-@compiled()
-def in_order(bits):
-    """Bits of a number such that they are ordered as the numbers are; and back."""
-    return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@compiled()
 def rms_norm(x, weight, eps):
     """x (M, H) / rms(x) · weight (H,)."""
     out = x * x
@@ -92,7 +85,7 @@ def rms_norm(x, weight, eps):
     return out
 
 
-@compiled()
+@compiled(inline="always")
 def rotate(pairs, rotation, out):
     """Multiply complex numbers (D,), real and imaginary parts in turn."""
     for i in range(len(pairs) // 2):  # in steps of 2 it would not become vectors
@@ -144,7 +137,7 @@ def keep_all(qkv, rotation, keys, values, rows, positions):
             keep(key, value, rotation[position], keys[row, group], values[row, group], position)
 
 
-@compiled()
+@compiled(inline="always")
 def attend_to(queries, rotation, keys, values, seen, later, out):
     """Attention of queries (R, D), to be rotated, to the first keys and values of their row and group.
 
@@ -162,7 +155,7 @@ def attend_to(queries, rotation, keys, values, seen, later, out):
         divide(attended[head], totals[head], out[head])
 
 
-@compiled()
+@compiled(inline="always")
 def keep(key, value, rotation, keys, values, position):
     """Put a key (D,), rotated, and a value (D,) in their places among those of one row and group."""
     rotated = np.empty_like(key)
@@ -178,7 +171,7 @@ def divide(numbers, by, out):
         out[i] = numbers[i] / by
 
 
-@compiled()
+@compiled(inline="always")
 def product(x, blocks, count, later):
     """x (M, I) times the first `count` of some blocks (B, ≥ I, WIDTH) → (M, count · WIDTH).
 
@@ -192,7 +185,7 @@ def product(x, blocks, count, later):
     return out
 
 
-@compiled()
+@compiled(inline="always")
 def exp_of_scores(scores, count, factor):
     """Replace the first scores by e to `factor` times what each is above the largest; their sum."""
     largest = largest_of(scores[:count])
@@ -218,8 +211,8 @@ def layer(x, rotation, keys, values, rows, positions, weights):
     """A decoder layer for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
     qkv = queries_keys_values(x, rotation, weights)
     attended = attend(qkv, rotation, keys, values, rows, positions)
-    x = x + multiply(attended.reshape(len(x), -1), weights.output)
-    return x + feed_forward(rms_norm(x, weights.mlp_norm, weights.eps), weights.mlp)
+    x = multiply_and_add(attended.reshape(len(x), -1), weights.output, x)
+    return feed_forward(rms_norm(x, weights.mlp_norm, weights.eps), weights.mlp, x)
 
 
 @compiled()
@@ -235,15 +228,17 @@ def queries_keys_values(x, rotation, weights):
     return multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
 
 
-def feed_forward(x, weights):
-    """Of one MLP or a mixture: x (M, H) → (M, H)."""
+def feed_forward(x, weights, others):
+    """Of one MLP or a mixture: x (M, H) → (M, H), with others (M, H) added to it."""
 
 
 @overload(feed_forward)
-def _feed_forward(x, weights):
+def _feed_forward(x, weights, others):
     if weights.instance_class is MixtureWeights:
-        return lambda x, weights: mixture(x, weights)
-    return lambda x, weights: mlp(x, weights)
+        return lambda x, weights, others: others + mixture(x, weights)
+    return lambda x, weights, others: multiply_and_add(
+        swiglu(multiply(x, weights.gate_up)), weights.down, others
+    )
 
 
 @compiled()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minimind.chat import kernels
 from minimind.chat.network import Stretch, gate_up_weight, qkv_weight, rotation_table
-from minimind.chat.tiles import HALVES, MOST, WIDTH, ZERO, Packed, multiply
+from minimind.chat.tiles import HALVES, WIDTH, ZERO, Packed, multiply
+from minimind.chat.vectors import MOST
 from minimind.config import ModelConfig
 from minimind.lora import merged_weight
 from minimind.model import MLP, DecoderLayer, MiniMind

@@ -8,7 +8,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from random import Random
 from typing import NamedTuple
 
@@ -38,37 +38,49 @@ KNOBS = np.dtype(
 
 
 class Sampler:
-    """How the tokens of one answer are drawn.
+    """Draws the tokens of up to `rows` answers.
 
-    One uniform number decides each draw. It comes from Python's generator, so that a seed means the same on
-    every machine.
+    All that a draw needs stays in arrays: making them anew took longer than the draw.
     """
 
-    def __init__(self, options: SamplingOptions, stop_ids: Collection[int] = STOP_IDS) -> None:
+    def __init__(self, rows: int) -> None:
+        self.knobs = np.zeros(rows, KNOBS)
+        self.said = np.full((rows, PENALTY_WINDOW), NO_ID)  # lately, in no order
+        self.lengths = np.zeros(rows, np.int64)  # of the answers
+        self.chances: list[Random] = [Random(0)] * rows
+
+    def begin(self, row: int, options: SamplingOptions, stop_ids: Collection[int] = STOP_IDS) -> None:
+        """Have a new answer in a row."""
         temperature = options.temperature if options.temperature >= GREEDY_BELOW else 0
         top_k = min(options.top_k or 0, 2**31)
         never = [NO_ID if i in stop_ids else i for i in CONTROL_IDS]
-        self.knobs = (temperature, top_k, options.top_p, options.min_p, options.repetition_penalty, never)
-        self._random = Random(options.seed)  # None: seeded by the system
+        self.knobs[row] = temperature, top_k, options.top_p, options.min_p, options.repetition_penalty, never
+        self.said[row], self.lengths[row] = NO_ID, 0
+        self.chances[row] = Random(options.seed)  # None: seeded by the system
 
-    def uniform(self) -> float:
-        """In [0, 1)."""
-        return self._random.getrandbits(24) / 2**24
+    def move(self, source: int, target: int) -> None:
+        self.knobs[target], self.said[target] = self.knobs[source], self.said[source]
+        self.lengths[target], self.chances[target] = self.lengths[source], self.chances[source]
 
+    def uniform(self, rows: int) -> list[float]:
+        """Numbers in [0, 1), each of which decides a draw.
 
-def sample(logits: Tensor, samplers: Sequence[Sampler], answers: Sequence[Sequence[int]]) -> list[int]:
-    """Draw an id for each row of `logits` (B, V); `answers` are the tokens so far.
+        They come from Python's generator, so that a seed means the same on every machine.
+        """
+        return [chance.getrandbits(24) / 2**24 for chance in self.chances[:rows]]
 
-    Logits of a GPU come to the host, which must learn the tokens anyway: so it waits once for each.
-    """
-    said = np.full((len(answers), PENALTY_WINDOW), NO_ID)
-    for row, answer in enumerate(answers):
-        recent = answer[-PENALTY_WINDOW:]
-        said[row, : len(recent)] = recent
-    knobs = np.array([sampler.knobs for sampler in samplers], KNOBS)
-    uniform = np.array([sampler.uniform() for sampler in samplers])
-    share_threads()
-    return draw(logits.cpu().numpy(), said, knobs, uniform).tolist()
+    def draw(self, logits: Tensor) -> list[int]:
+        """The next ids of the first rows, from logits (B, V).
+
+        Those of a GPU come to the host, which must learn the tokens anyway: so it waits once for each.
+        """
+        rows = len(logits)
+        uniform = np.array(self.uniform(rows))
+        share_threads()
+        ids = draw(logits.cpu().numpy(), self.said[:rows], self.knobs[:rows], uniform)
+        self.said[np.arange(rows), self.lengths[:rows] % PENALTY_WINDOW] = ids
+        self.lengths[:rows] += 1
+        return ids.tolist()
 
 
 class TokenLogprobs(NamedTuple):

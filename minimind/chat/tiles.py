@@ -21,14 +21,28 @@ import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
+from minimind.chat.vectors import (
+    F16,
+    F32,
+    FEATURES,
+    I8,
+    I32,
+    I64,
+    LANES,
+    at,
+    call,
+    largest_magnitude_of,
+    load,
+    picked,
+    spread,
+    vector,
+)
 from minimind.loops import compiled
 
-FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 # Sums fill 2 · ROWS registers. AVX-512 has 32 of 16 numbers, AVX2 16 of 8; some must be left for the factors.
-LANES, ROWS = (16, 8) if "+avx512f" in FEATURES else (8, 6)
+ROWS = 8 if LANES == 16 else 6
 WIDTH = 2 * LANES
 # Whether fp16 can be read: x86 learnt it in 2012, and some virtual machines hide it.
 HALVES = "+f16c" in FEATURES or platform.machine() not in ("x86_64", "AMD64")
@@ -37,7 +51,6 @@ VNNI = not FEATURES.isdisjoint({"+avx512vnni"} if LANES == 16 else {"+avx512vnni
 # Weights are fetched so many bytes before their turn. Left to itself, memory waits while a tile computes.
 AHEAD, LINE = 8192, 64  # LINE: how many come at once
 ZERO = 128  # what stands for zero in uint8
-MOST = 65504  # the largest number of fp16
 
 
 class Packed(NamedTuple):
@@ -56,17 +69,48 @@ class Packed(NamedTuple):
 def multiply(x, matrix):
     """x (M, I) in fp32 times a packed matrix → (M, O) in fp32."""
     inputs, scaling = inputs_of(x, matrix)
-    rows, blocks = len(x), len(matrix.weight)
-    out = np.empty((rows, blocks * WIDTH), np.float32)
+    out = np.empty((len(x), len(matrix.weight) * WIDTH), np.float32)
+    for block in prange(len(matrix.weight)):
+        multiply_block(inputs, matrix.weight, block, scaling, out)
+    return outputs_of(out, matrix)
+
+
+@compiled(parallel=True)
+def multiply_and_add(x, matrix, others):
+    """The same, and others (M, O) added to it."""
+    inputs, scaling = inputs_of(x, matrix)
+    out = np.empty((len(x), len(matrix.weight) * WIDTH), np.float32)
+    for block in prange(len(matrix.weight)):
+        multiply_block(inputs, matrix.weight, block, scaling, out)
+        first, last = block * WIDTH, min((block + 1) * WIDTH, matrix.outputs)
+        for row in range(len(x)):
+            add(others[row, first:last], out[row, first:last])
+    return outputs_of(out, matrix)
+
+
+@compiled(inline="always")
+def add(numbers, out):
+    for i in range(len(out)):
+        out[i] += numbers[i]
+
+
+@compiled(inline="always")
+def multiply_block(inputs, weight, block, scaling, out):
+    """Write all rows times one block to that block of out."""
+    rows = len(inputs)
     tiles = (rows + ROWS - 1) // ROWS
-    for block in prange(blocks):
-        later = matrix.weight[block].ctypes.data + AHEAD
-        for number in range(tiles):
-            first, last = rows * number // tiles, rows * (number + 1) // tiles
-            if number == 0:
-                tile(inputs, matrix.weight, out, block, first, last, scaling, later)
-            else:  # the core's own cache has the block now
-                tile(inputs, matrix.weight, out, block, first, last, scaling, None)
+    later = weight[block].ctypes.data + AHEAD
+    for number in range(tiles):
+        first, last = rows * number // tiles, rows * (number + 1) // tiles
+        if number == 0:
+            tile(inputs, weight, out, block, first, last, scaling, later)
+        else:  # the core's own cache has the block now
+            tile(inputs, weight, out, block, first, last, scaling, None)
+
+
+@compiled(inline="always")
+def outputs_of(out, matrix):
+    """Without those that fill up the last block."""
     return out if out.shape[1] == matrix.outputs else np.ascontiguousarray(out[:, : matrix.outputs])
 
 
@@ -92,12 +136,8 @@ def round_rows(x):
     """
     rows, inputs = x.shape
     rounded, steps = np.zeros((rows, (inputs + 3) // 4 * 4), np.uint8), np.empty(rows, np.float32)
-    bits = x.view(np.int32)
     for row in range(rows):
-        largest = np.int32(0)  # bits of positive numbers are ordered as they are, and compared in vectors
-        for i in range(inputs):
-            largest = max(largest, np.int32(bits[row, i] & 0x7FFFFFFF))
-        step = max(np.int32(largest).view(np.float32), np.float32(1e-12)) / np.float32(127)
+        step = max(largest_magnitude_of(x[row]), np.float32(1e-12)) / np.float32(127)
         factor = np.float32(1) / step
         for i in range(inputs):
             rounded[row, i] = np.int32(np.rint(x[row, i] * factor)) + ZERO
@@ -106,13 +146,6 @@ def round_rows(x):
 
 
 # The code of a tile.
-
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
-
-
-def vector(of: ir.Type, lanes: int = LANES) -> ir.VectorType:
-    return ir.VectorType(of, lanes)
 
 
 class Kind(NamedTuple):
@@ -132,10 +165,8 @@ def multiply_add_floats(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, weig
 
 def multiply_add_fours(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, weights: ir.Value) -> ir.Value:
     """By VNNI, which multiplies the four weights of each output, and adds them up, at once."""
-    signature = ir.FunctionType(sums.type, [sums.type] * 3)
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-    dot = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(dot, [sums, spread(builder, x), builder.bitcast(weights, sums.type)])
+    factors = [spread(builder, x), builder.bitcast(weights, sums.type)]
+    return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", sums.type, [sums, *factors])
 
 
 def multiply_add_pairs(builder: ir.IRBuilder, sums: ir.Value, x: ir.Value, weights: ir.Value) -> ir.Value:
@@ -150,12 +181,6 @@ def add_neighbours(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
     return builder.add(*(picked(builder, numbers, range(side, count, 2)) for side in (0, 1)))
 
 
-def picked(builder: ir.IRBuilder, numbers: ir.Value, places: Sequence[int]) -> ir.Value:
-    """A vector of those of another that stand at some places."""
-    which = ir.Constant(vector(I32, len(places)), [I32(place) for place in places])
-    return builder.shuffle_vector(numbers, ir.Constant(numbers.type, ir.Undefined), which)
-
-
 INT8 = vector(I8, 4 * LANES)
 KINDS = {  # by the bits of a weight
     32: Kind(1, F32, vector(F32), vector(F32), multiply_add_floats),
@@ -164,12 +189,6 @@ KINDS = {  # by the bits of a weight
     if VNNI
     else Kind(4, I32, INT8, vector(I32, 2 * LANES), multiply_add_pairs),
 }
-
-
-def spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
-    """A vector of one number."""
-    undefined = ir.Constant(vector(number.type), ir.Undefined)
-    return picked(builder, builder.insert_element(undefined, number, I32(0)), [0] * LANES)
 
 
 def rescaled(
@@ -182,19 +201,10 @@ def rescaled(
     return builder.fmul(builder.fmul(total, spread(builder, step)), scale)
 
 
-def at(builder: ir.IRBuilder, address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
-    return builder.gep(builder.bitcast(address, of.as_pointer()), [place])
-
-
-def load(builder: ir.IRBuilder, address: ir.Value, of: ir.Type, place: ir.Value) -> ir.Value:
-    return builder.load(at(builder, address, of, place), align=1)
-
-
 def fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Have the line at an address brought into the core's cache, without waiting for it."""
-    signature = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-    builder.call(prefetch, [address, I32(0), I32(2), I32(1)])  # for reading, into the second level, of data
+    how = [I32(0), I32(2), I32(1)]  # for reading, into the second level, of data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, *how])
 
 
 @intrinsic
@@ -295,69 +305,3 @@ def write_tile(
                 builder.store(total, at(builder, part(out, row), vector(F32), column), align=1)
         builder.branch(end)
     builder.position_at_end(end)
-
-
-@intrinsic
-def as_held(typing_context: Any, number: types.Float, array: types.Array) -> Any:
-    """A number of fp32 as an array of fp32, or of fp16 as uint16, holds it: at most MOST there."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        number, most, least = values[0], F32(MOST), F32(-MOST)
-        if array.dtype == types.float32:
-            return number
-        number = builder.select(builder.fcmp_ordered(">", number, most), most, number)
-        number = builder.select(builder.fcmp_ordered("<", number, least), least, number)
-        return builder.bitcast(builder.fptrunc(number, F16), I16)
-
-    return array.dtype(number, array), generate
-
-
-@intrinsic
-def total(typing_context: Any, numbers: types.Array) -> Any:
-    """The sum of contiguous numbers (I,) in fp32, always in one order.
-
-    LLVM, let to choose it, takes another at every place where it compiles a loop.
-    """
-    several = 4  # sums for each lane: an addition takes as many clock cycles
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        array = context.make_array(numbers)(context, builder, values[0])
-        count = cgutils.unpack_tuple(builder, array.shape)[0]
-        whole = builder.udiv(count, I64(several * LANES))
-        zeros = ir.Constant(vector(F32), None)
-        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(several)]
-        with cgutils.for_range(builder, whole) as loop:
-            for part, place in enumerate(sums):
-                column = builder.add(builder.mul(loop.index, I64(several)), I64(part))
-                loaded = load(builder, array.data, vector(F32), column)
-                builder.store(builder.fadd(builder.load(place), loaded), place)
-        for part, place in enumerate(sums):
-            column = builder.add(builder.mul(whole, I64(several)), I64(part))
-            left = builder.sub(count, builder.mul(column, I64(LANES)))
-            loaded = load_first(builder, at(builder, array.data, vector(F32), column), left)
-            builder.store(builder.fadd(builder.load(place), loaded), place)
-        rest = [builder.load(place) for place in sums]
-        while len(rest) > 1:
-            rest = [builder.fadd(a, b) for a, b in zip(rest[::2], rest[1::2], strict=True)]
-        return sum_of_lanes(builder, rest[0])
-
-    return types.float32(numbers), generate
-
-
-def load_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value) -> ir.Value:
-    """A vector of the first numbers at an address, up to LANES, and zeros."""
-    kind = vector(F32)
-    order = ir.Constant(vector(I64), [I64(lane) for lane in range(LANES)])
-    wanted = builder.icmp_signed("<", order, spread(builder, count))
-    signature = ir.FunctionType(kind, [address.type, I32, wanted.type, kind])
-    name = f"llvm.masked.load.v{LANES}f32.p0"
-    masked = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(masked, [address, I32(1), wanted, ir.Constant(kind, None)])
-
-
-def sum_of_lanes(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
-    """Halves are added to each other until one number is left."""
-    while (count := numbers.type.count) > 1:
-        halves = range(count // 2), range(count // 2, count)
-        numbers = builder.fadd(*(picked(builder, numbers, half) for half in halves))
-    return builder.extract_element(numbers, I32(0))

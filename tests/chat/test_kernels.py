@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from numba.core import caching
 
 from minimind import loops
-from minimind.chat import draws, kernels
+from minimind.chat import draws, kernels, vectors
 from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
 from minimind.chat.operations import Attention, KVCache
 from minimind.chat.options import WEIGHTS
 from minimind.chat.tiles import WIDTH
+from minimind.loops import compiled
 from minimind.paths import ROOT
 
 from .models import DENSE, SHAPES, random_model
@@ -97,9 +98,10 @@ def test_attention_is_that_of_pytorchs_operations(weights, tolerance, shape):
 )
 def test_the_first_place_of_the_largest(numbers):
     numbers = np.array(numbers, np.float32)
-    assert kernels.largest_of(numbers) == numbers.max()
+    largest_of = compiled()(lambda numbers: vectors.largest_of(numbers))
+    assert largest_of(numbers) == numbers.max()
     assert draws.place_of(numbers.max(), numbers) == numbers.argmax()
-    assert np.isnan(kernels.largest_of(np.append(numbers, np.float32(np.nan))))
+    assert np.isnan(largest_of(np.append(numbers, np.float32(np.nan))))
 
 
 def test_what_is_no_number_stays_visible():
@@ -171,7 +173,7 @@ def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
 
 ATTENTION = """
 import hashlib, numpy as np
-from minimind.chat import draws, kernels
+from minimind.chat import draws, kernels, vectors
 random = np.random.default_rng(0)
 qkv, rotation = (random.standard_normal(shape, np.float32) for shape in ((16, 12, 64), (160, 64)))
 keys = random.integers(0, 15000, (16, 2, 5 * 32 // kernels.WIDTH, 64, kernels.WIDTH), np.uint16)
@@ -197,7 +199,7 @@ def test_kept_code_rounds_as_it_did_when_it_was_made(monkeypatch, tmp_path):
 THREADS = """
 import torch
 from minimind import loops
-from minimind.chat import draws, kernels
+from minimind.chat import draws, kernels, vectors
 torch.set_num_threads(1)
 kernels.share_threads()
 print(torch.get_num_threads(), kernels.numba.get_num_threads())

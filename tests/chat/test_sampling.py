@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from minimind.chat.draws import NO_ID, penalize
 from minimind.chat.options import SamplingOptions
-from minimind.chat.sampling import Sampler, sample, token_logprobs
+from minimind.chat.sampling import PENALTY_WINDOW, Sampler, token_logprobs
 from minimind.errors import UserError
 
 LOGITS = [2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -1.0, -3.0]
@@ -36,16 +37,24 @@ def reference(
     return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
 
+def sampler(options: list[SamplingOptions], stop_ids: tuple[int, ...] = ANY) -> Sampler:
+    """One row for each of the options."""
+    made = Sampler(len(options))
+    for row, own in enumerate(options):
+        made.begin(row, own, stop_ids)
+    return made
+
+
 def draws(logits: torch.Tensor, options: list[SamplingOptions], count: int = 1) -> list[list[int]]:
     """`count` draws for each of the options, all from the same logits (V,), in shared batches."""
-    samplers = [Sampler(option, ANY) for option in options]
-    batch = max(1, 2000 // len(samplers))
-    found = [[] for _ in samplers]
+    batch = max(1, 2000 // len(options))
+    together = sampler([replace(own, seed=seed) for seed in range(batch) for own in options])
+    found = [[] for _ in options]
     for _ in range(-(-count // batch)):
-        rows = logits.repeat(len(samplers) * batch, 1)
-        ids = sample(rows, samplers * batch, [[]] * len(rows))
+        together.said[:] = NO_ID  # each is the first of its answer
+        ids = together.draw(logits.repeat(len(options) * batch, 1))
         for i, own in enumerate(found):
-            own += ids[i :: len(samplers)]
+            own += ids[i :: len(options)]
     return found
 
 
@@ -110,8 +119,8 @@ def test_of_equal_tokens_the_first_are_kept(top_k, top_p, kept):
 @pytest.mark.parametrize("temperature", [0, 1e-30, 1e-5])
 def test_no_temperature_is_greedy(temperature):
     logits = torch.randn(50, 300)
-    samplers = [Sampler(SamplingOptions(temperature=temperature, repetition_penalty=1), ANY)] * 50
-    assert sample(logits.clone(), samplers, [[]] * 50) == logits.argmax(-1).tolist()
+    greedy = SamplingOptions(temperature=temperature, repetition_penalty=1)
+    assert sampler([greedy] * 50).draw(logits.clone()) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("top_p", [1, 0.5])
@@ -119,18 +128,18 @@ def test_a_draw_depends_on_its_own_row_alone(top_p):
     torch.manual_seed(0)
     logits = 3 * torch.randn(20, 2000) * torch.rand(20, 1)
     mine = SamplingOptions(temperature=1, top_p=top_p, seed=5)
-    alone = sample(logits[:1].clone(), [Sampler(mine)], [[]])
-    neighbours = [Sampler(SamplingOptions(temperature=i / 10, top_k=40 * i or None)) for i in range(19)]
-    assert sample(logits, [Sampler(mine), *neighbours], [[]] * 20)[:1] == alone
+    alone = sampler([mine], (0, 2)).draw(logits[:1].clone())
+    neighbours = [SamplingOptions(temperature=i / 10, top_k=40 * i or None) for i in range(19)]
+    assert sampler([mine, *neighbours], (0, 2)).draw(logits)[:1] == alone
 
 
 def test_the_largest_uniform_number_still_draws_a_possible_token(monkeypatch):
-    monkeypatch.setattr(Sampler, "uniform", lambda _: 1 - 2**-24)
+    monkeypatch.setattr(Sampler, "uniform", lambda _, rows: [1 - 2**-24] * rows)
     for options in (SamplingOptions(temperature=1, top_p=1), SamplingOptions(temperature=1, top_k=3)):
         for scale in (0.1, 1, 10):
             logits = scale * torch.randn(50, 300)
             logits[:, 200:] = -torch.inf
-            assert max(sample(logits, [Sampler(options, ANY)] * 50, [[]] * 50)) < 200
+            assert max(sampler([options] * 50).draw(logits)) < 200
 
 
 @pytest.mark.parametrize(
@@ -150,10 +159,26 @@ def test_penalty_divides_or_multiplies_what_was_said_once(said, penalty, expecte
 
 def test_a_row_suffers_for_its_own_answer_alone():
     logits = torch.tensor([[2.0, 1.9, 0.0, 0.0]]).repeat(4, 1)
-    samplers = [
-        Sampler(SamplingOptions(temperature=0, repetition_penalty=p), ANY) for p in (1.25, 1.25, 1, 1.01)
-    ]
-    assert sample(logits, samplers, [[0], [1], [0], [0, 0, 0]]) == [1, 0, 0, 0]
+    rows = sampler([SamplingOptions(temperature=0, repetition_penalty=p) for p in (1.25, 1.25, 1, 1.01)])
+    for row, said in enumerate([[0], [1], [0], [0, 0, 0]]):
+        rows.said[row, : len(said)] = said
+    assert rows.draw(logits) == [1, 0, 0, 0]
+
+
+def test_what_was_said_long_ago_is_free_again_and_moves_with_its_row():
+    rows = sampler([SamplingOptions(temperature=0, repetition_penalty=1.25)] * 2)
+    logits = torch.tensor([[2.0, 1.9, 0, 0], [0, 0, 0, 9.0]])
+    first = [rows.draw(logits)[0] for _ in range(2)]
+    assert first == [0, 1]  # then both have been said
+    rows.move(0, 1)
+    alone = logits[:1].repeat(2, 1)
+    assert rows.draw(alone) == [0, 0]
+    alone[:, 0] = 1.0
+    assert [rows.draw(alone)[1] for _ in range(PENALTY_WINDOW)] == [1] * PENALTY_WINDOW
+    alone[:, 0] = 1.6  # no longer divided: 1.6 > 1.9 / 1.25
+    assert rows.draw(alone) == [0, 0]
+    rows.begin(1, SamplingOptions(temperature=0, repetition_penalty=1.25), ANY)
+    assert rows.draw(torch.tensor([[2.0, 0, 1.8, 0]]).repeat(2, 1)) == [2, 0]
 
 
 def test_log_probabilities_name_the_likeliest():

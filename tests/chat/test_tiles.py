@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from llvmlite.binding import get_host_cpu_features
 
-from minimind.chat import tiles
+from minimind.chat import tiles, vectors
 from minimind.chat.options import WEIGHTS
 from minimind.chat.packed import PACKS
 from minimind.loops import compiled
@@ -86,7 +86,7 @@ def test_rows_are_rounded_to_the_nearest_step():
 
 
 def test_a_total_is_of_all_numbers_and_of_no_more():
-    total = compiled()(lambda numbers: tiles.total(numbers))
+    total = compiled()(lambda numbers: vectors.total(numbers))
     numbers = np.random.default_rng(0).integers(-1000, 1000, 300).astype(np.float32)  # their sums are exact
     assert [total(numbers[:count]) for count in range(300)] == [numbers[:count].sum() for count in range(300)]
 
@@ -98,7 +98,7 @@ PROCESSORS = {  # by their names at LLVM: what of their instructions tiles use
     "skylake-avx512": ("+avx512f,+avx512bw,+avx512vl,+avx2,+fma,+f16c", 16, False),
 }
 HOST = f"""
-from minimind.chat import tiles
+from minimind.chat import tiles, vectors
 import pytest, sys
 print(tiles.LANES, tiles.VNNI)
 sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", {__file__!r}, "-k", "not processor"]))
