@@ -1,49 +1,23 @@
 """What a CPU computes for prompts and for the next token of a few answers: loops, which Numba compiles.
 
-A token is so little work that calling PyTorch's operations one by one takes longer than what they do. Here
-a whole layer is one call. The first on a machine compiles, for some seconds; the code is kept beside this
-file or in the user's cache.
-
-Shapes: M tokens of any rows, R of them or of their heads, I inputs, H hidden size, E experts, N query heads,
-K key/value heads, D head width. Arrays are contiguous, and numbers fp32, where nothing else is said.
+Shapes: M tokens of any rows, R of them or of their heads, I inputs, H hidden size, N query heads, K key/value
+heads, D head width. Arrays are contiguous, and numbers fp32, where nothing else is said.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numba import prange
-from numba.extending import overload
 
-from minimind.chat.tiles import ROWS, WIDTH, Packed, multiply, multiply_and_add, tile
+from minimind.chat.tiles import ROWS, WIDTH, tile
 from minimind.chat.vectors import as_held, largest_of, total
 from minimind.loops import compiled
 
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
-
-
-class MLPWeights(NamedTuple):
-    gate_up: Packed
-    down: Packed
-
-
-class MixtureWeights(NamedTuple):
-    top_k: int
-    gate: np.ndarray  # (E, H)
-    experts: tuple[MLPWeights, ...]  # E that the gate sends tokens to, then those that all visit
-
-
-class LayerWeights(NamedTuple):
-    eps: float  # of both norms
-    attention_norm: np.ndarray  # (H,)
-    mlp_norm: np.ndarray  # (H,)
-    qkv: Packed
-    output: Packed
-    mlp: MLPWeights | MixtureWeights
 
 
 _known = threading.local()  # how many threads `share_threads` has told Numba of
@@ -204,88 +178,3 @@ def swiglu(gate_up):
             gate = gate_up[row, i]
             out[row, i] = gate / (np.float32(1) + exp(-gate)) * gate_up[row, width + i]
     return out
-
-
-@compiled()
-def layer(x, rotation, keys, values, rows, positions, weights):
-    """A decoder layer for new tokens: x (M, H) → (M, H). The rest as for `attend`."""
-    qkv = queries_keys_values(x, rotation, weights)
-    attended = attend(qkv, rotation, keys, values, rows, positions)
-    x = multiply_and_add(attended.reshape(len(x), -1), weights.output, x)
-    return feed_forward(rms_norm(x, weights.mlp_norm, weights.eps), weights.mlp, x)
-
-
-@compiled()
-def last_layer_of_prompt(x, rotation, keys, values, rows, positions, weights):
-    """Keep what later tokens attend to, for tokens whose output nobody reads. All as for `layer`."""
-    keep_all(queries_keys_values(x, rotation, weights), rotation, keys, values, rows, positions)
-
-
-@compiled(inline="always")
-def queries_keys_values(x, rotation, weights):
-    """Of tokens x (M, H) before their rotation (positions, D) → (M, N + 2K, D)."""
-    normed = rms_norm(x, weights.attention_norm, weights.eps)
-    return multiply(normed, weights.qkv).reshape(len(x), -1, rotation.shape[1])
-
-
-def feed_forward(x, weights, others):
-    """Of one MLP or a mixture: x (M, H) → (M, H), with others (M, H) added to it."""
-
-
-@overload(feed_forward)
-def _feed_forward(x, weights, others):
-    if weights.instance_class is MixtureWeights:
-        return lambda x, weights, others: others + mixture(x, weights)
-    return lambda x, weights, others: multiply_and_add(
-        swiglu(multiply(x, weights.gate_up)), weights.down, others
-    )
-
-
-@compiled()
-def mlp(x, weights):
-    return multiply(swiglu(multiply(x, weights.gate_up)), weights.down)
-
-
-@compiled()
-def mixture(x, weights):
-    """Experts that no token visits are not read."""
-    shares, out = route(x, weights.gate, weights.top_k, len(weights.experts)), np.zeros_like(x)
-    for number in range(len(weights.experts)):
-        visitors = np.flatnonzero(shares[:, number])
-        if len(visitors):
-            sent = np.empty((len(visitors), x.shape[1]), np.float32)
-            for place, row in enumerate(visitors):
-                sent[place] = x[row]
-            back = mlp(sent, weights.experts[number])
-            for place, row in enumerate(visitors):
-                add_times(back[place], shares[row, number], out[row])
-    return out
-
-
-@compiled()
-def route(x, gate, top_k, experts):
-    """The share of each expert in a token's result (M, experts).
-
-    To those of the gate (E, H) it is the softmax over the best k, the others 0; to those that all visit 1.
-    """
-    shares = np.ones((len(x), experts), np.float32)
-    for row in range(len(x)):
-        scores = np.empty(len(gate), np.float32)
-        for expert in range(len(gate)):
-            scores[expert] = total(x[row] * gate[expert])
-            shares[row, expert] = 0
-        best, whole = scores.max(), np.float32(0)
-        for _ in range(top_k):
-            likeliest = scores.argmax()
-            shares[row, likeliest] = exp(scores[likeliest] - best)
-            whole += shares[row, likeliest]
-            scores[likeliest] = -np.inf
-        for expert in range(len(gate)):
-            shares[row, expert] /= whole
-    return shares
-
-
-@compiled()
-def add_times(numbers, factor, out):
-    for i in range(len(out)):
-        out[i] += numbers[i] * factor

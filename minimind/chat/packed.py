@@ -7,15 +7,17 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.chat import kernels
+from minimind.chat import decoder
+from minimind.chat.kernels import share_threads
 from minimind.chat.network import Stretch, gate_up_weight, qkv_weight, rotation_table
-from minimind.chat.tiles import HALVES, WIDTH, ZERO, Packed, multiply
+from minimind.chat.tiles import HALVES, WIDTH, ZERO, Packed
 from minimind.chat.vectors import MOST
 from minimind.config import ModelConfig
 from minimind.lora import merged_weight
@@ -32,12 +34,14 @@ class PackedNetwork:
         pack = PACKS[weights]
         self.config = model.config
         self.held = np.uint16 if HALVES and weights != "fp32" else np.float32  # keys and values; bits of fp16
-        self.embedding = model.model.embed_tokens.weight.float().clone().numpy()  # (V, H)
         rotation = rotation_table(model.model.rotary, self.config.max_position_embeddings)
-        self.rotation = torch.view_as_real(rotation).flatten(1).numpy()  # (positions, D)
-        self.layers = [layer_weights(layer, self.config.head_dim, pack) for layer in model.model.layers]
-        self.norm, self.eps = model.model.norm.weight.clone().numpy(), model.model.norm.eps
-        self.head = pack(merged_weight(model.lm_head))
+        self.weights = decoder.Weights(
+            model.model.embed_tokens.weight.float().clone().numpy(),
+            torch.view_as_real(rotation).flatten(1).numpy(),
+            stacked([layer_weights(layer, self.config.head_dim, pack) for layer in model.model.layers]),
+            model.model.norm.weight.clone().numpy(),
+            pack(merged_weight(model.lm_head)),
+        )
 
     @property
     def bytes_of_position(self) -> int:
@@ -49,37 +53,32 @@ class PackedNetwork:
         return PackedCache(self.config, rows, max_length, self.held)
 
     def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: PackedCache) -> Tensor:
-        where = np.arange(len(ids)), np.array(positions)
-        hidden = self._through(self.layers, ids, *where, cache)
-        return torch.from_numpy(multiply(kernels.rms_norm(hidden, self.norm, self.eps), self.head))
+        return torch.from_numpy(self._run(ids, np.arange(len(ids)), np.array(positions), cache, True))
 
     def read(self, stretches: Sequence[Stretch], cache: PackedCache) -> None:
         ids = [token for stretch in stretches for token in stretch.ids]
         rows = np.concatenate([np.full(len(stretch.ids), stretch.row) for stretch in stretches])
         positions = np.concatenate([stretch.start + np.arange(len(stretch.ids)) for stretch in stretches])
-        x = self._through(self.layers[:-1], ids, rows, positions, cache)
-        last = cache.keys[-1], cache.values[-1], rows, positions, self.layers[-1]
-        kernels.last_layer_of_prompt(x, self.rotation, *last)
+        self._run(ids, rows, positions, cache, False)
 
-    def _through(
-        self,
-        layers: Sequence[kernels.LayerWeights],
-        ids: Sequence[int],
-        rows: np.ndarray,
-        positions: np.ndarray,
-        cache: PackedCache,
+    def _run(
+        self, ids: Sequence[int], rows: np.ndarray, positions: np.ndarray, cache: PackedCache, wanted: bool
     ) -> np.ndarray:
-        """The first layers, for M tokens of `rows` (M,) at `positions` (M,) → (M, H)."""
-        kernels.share_threads()
-        x = self.embedding.take(ids, 0)
-        for weights, keys, values in zip(layers, cache.keys, cache.values, strict=False):
-            x = kernels.layer(x, self.rotation, keys, values, rows, positions, weights)
-        return x
+        share_threads()
+        return decoder.run(np.array(ids), self.weights, cache.keys, cache.values, rows, positions, wanted)
 
 
-def layer_weights(layer: DecoderLayer, head_dim: int, pack: Pack) -> kernels.LayerWeights:
+def stacked(parts: Sequence[Any]) -> Any:
+    """Weights of several layers or experts, all alike, as one: arrays have one dimension more, the first."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return torch.stack([torch.from_numpy(part) for part in parts]).numpy()  # to whole lines of a cache
+    return type(first)(*map(stacked, zip(*parts, strict=True))) if isinstance(first, tuple) else first
+
+
+def layer_weights(layer: DecoderLayer, head_dim: int, pack: Pack) -> decoder.LayerWeights:
     norm, mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-    return kernels.LayerWeights(
+    return decoder.LayerWeights(
         norm.eps,
         norm.weight.clone().numpy(),
         mlp_norm.weight.clone().numpy(),
@@ -89,15 +88,15 @@ def layer_weights(layer: DecoderLayer, head_dim: int, pack: Pack) -> kernels.Lay
     )
 
 
-def mlp_weights(mlp: MLP, pack: Pack) -> kernels.MLPWeights:
-    return kernels.MLPWeights(pack(gate_up_weight(mlp)), pack(merged_weight(mlp.down_proj)))
+def mlp_weights(mlp: MLP, pack: Pack) -> decoder.MLPWeights:
+    return decoder.MLPWeights(pack(gate_up_weight(mlp)), pack(merged_weight(mlp.down_proj)))
 
 
-def mixture_weights(moe: MoE, pack: Pack) -> kernels.MixtureWeights:
+def mixture_weights(moe: MoE, pack: Pack) -> decoder.MixtureWeights:
     experts = (*moe.experts, *moe.shared_experts)
     # The router decides in fp32, as in training.
     gate = moe.gate.weight.float().clone().numpy()
-    return kernels.MixtureWeights(moe.top_k, gate, tuple(mlp_weights(expert, pack) for expert in experts))
+    return decoder.MixtureWeights(moe.top_k, gate, stacked([mlp_weights(expert, pack) for expert in experts]))
 
 
 class PackedCache:

@@ -69,48 +69,17 @@ class Packed(NamedTuple):
 def multiply(x, matrix):
     """x (M, I) in fp32 times a packed matrix → (M, O) in fp32."""
     inputs, scaling = inputs_of(x, matrix)
-    out = np.empty((len(x), len(matrix.weight) * WIDTH), np.float32)
-    for block in prange(len(matrix.weight)):
-        multiply_block(inputs, matrix.weight, block, scaling, out)
-    return outputs_of(out, matrix)
-
-
-@compiled(parallel=True)
-def multiply_and_add(x, matrix, others):
-    """The same, and others (M, O) added to it."""
-    inputs, scaling = inputs_of(x, matrix)
-    out = np.empty((len(x), len(matrix.weight) * WIDTH), np.float32)
-    for block in prange(len(matrix.weight)):
-        multiply_block(inputs, matrix.weight, block, scaling, out)
-        first, last = block * WIDTH, min((block + 1) * WIDTH, matrix.outputs)
-        for row in range(len(x)):
-            add(others[row, first:last], out[row, first:last])
-    return outputs_of(out, matrix)
-
-
-@compiled(inline="always")
-def add(numbers, out):
-    for i in range(len(out)):
-        out[i] += numbers[i]
-
-
-@compiled(inline="always")
-def multiply_block(inputs, weight, block, scaling, out):
-    """Write all rows times one block to that block of out."""
-    rows = len(inputs)
+    rows, blocks = len(x), len(matrix.weight)
+    out = np.empty((rows, blocks * WIDTH), np.float32)
     tiles = (rows + ROWS - 1) // ROWS
-    later = weight[block].ctypes.data + AHEAD
-    for number in range(tiles):
-        first, last = rows * number // tiles, rows * (number + 1) // tiles
-        if number == 0:
-            tile(inputs, weight, out, block, first, last, scaling, later)
-        else:  # the core's own cache has the block now
-            tile(inputs, weight, out, block, first, last, scaling, None)
-
-
-@compiled(inline="always")
-def outputs_of(out, matrix):
-    """Without those that fill up the last block."""
+    for block in prange(blocks):
+        later = matrix.weight[block].ctypes.data + AHEAD
+        for number in range(tiles):
+            first, last = rows * number // tiles, rows * (number + 1) // tiles
+            if number == 0:
+                tile(inputs, matrix.weight, out, block, first, last, scaling, later)
+            else:  # the core's own cache has the block now
+                tile(inputs, matrix.weight, out, block, first, last, scaling, None)
     return out if out.shape[1] == matrix.outputs else np.ascontiguousarray(out[:, : matrix.outputs])
 
 

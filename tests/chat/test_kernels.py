@@ -73,13 +73,19 @@ def test_attention_is_that_of_pytorchs_operations(weights, tolerance, shape):
     """Those that a GPU has: of prompts, then of tokens at far positions, then in a row that was moved."""
     network = InferenceModel(random_model(replace(DENSE, **shape)), weights).network
     config, length = network.config, 70  # more than two blocks of any processor
-    rotation = torch.view_as_complex(torch.from_numpy(network.rotation).unflatten(1, (-1, 2)))
+    rotation = torch.view_as_complex(torch.from_numpy(network.weights.rotation).unflatten(1, (-1, 2)))
     packed, plain = network.cache(3, length), KVCache(config, rotation, 3, length, torch.float32)
 
     def compare(attention: Attention, rows: list[int], positions: list[int]) -> None:
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         qkv = torch.randn(len(rows), heads, config.head_dim)
-        where = network.rotation, packed.keys[1], packed.values[1], np.array(rows), np.array(positions)
+        where = (
+            network.weights.rotation,
+            packed.keys[1],
+            packed.values[1],
+            np.array(rows),
+            np.array(positions),
+        )
         ours = torch.from_numpy(kernels.attend(qkv.numpy().copy(), *where))
         torch.testing.assert_close(ours, attention(1, qkv), atol=tolerance, rtol=tolerance)
 
