@@ -55,3 +55,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable[..., Any]]:
         return dispatcher
 
     return decorate
+
+
+# For loops so short that handing over their arrays, as seven numbers each, would take longer.
+inlined = compiled(inline="always")

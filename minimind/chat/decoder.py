@@ -45,7 +45,6 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    embedding: np.ndarray  # (V, H)
     rotation: np.ndarray  # (positions, D)
     layers: LayerWeights
     norm: np.ndarray  # (H,)
@@ -88,13 +87,12 @@ PARTS = {
 
 
 @compiled()
-def run(ids, weights, keys, values, rows, positions, wanted):
-    """Keep the keys and values of new tokens ids (M,), for those that follow.
+def run(x, weights, keys, values, rows, positions, wanted):
+    """Keep the keys and values of new tokens x (M, H), embedded, for those that follow.
 
     keys and values as in `packed.PackedCache`; rows, positions (M,): where each token is, those of a row side
     by side; wanted: whether anybody reads what follows each token, in fp32 (M, V).
     """
-    x = weights.embedding[ids]
     for number in range(len(keys)):
         layer, own_keys, own_values = part(weights.layers, number), keys[number], values[number]
         normed = rms_norm(x, layer.attention_norm, layer.eps)

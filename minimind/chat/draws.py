@@ -19,8 +19,11 @@ LEAST_WEIGHT = math.exp(-EXP_LIMIT)  # what is less likely than this share of th
 
 
 @compiled(parallel=True)
-def draw(logits, said, knobs, uniform):
-    """logits (M, V), ids said lately (M, W), `sampling.KNOBS` (M,), numbers in [0, 1) (M,) → ids (M,)."""
+def draw(logits, said, lengths, knobs, uniform):
+    """logits (M, V), ids said lately (M, W), `sampling.KNOBS` (M,), numbers in [0, 1) (M,) → ids (M,).
+
+    The ids are put among those that were said, in place of the oldest; lengths (M,) count them.
+    """
     ids = np.empty(len(logits), np.int64)
     for row in prange(len(logits)):
         scores = logits[row].copy()
@@ -28,7 +31,8 @@ def draw(logits, said, knobs, uniform):
             if token != NO_ID:
                 scores[token] = -np.inf
         penalize(scores, said[row], knobs[row].repetition_penalty)
-        ids[row] = draw_one(scores, knobs[row], uniform[row])
+        ids[row] = said[row, lengths[row] % said.shape[1]] = draw_one(scores, knobs[row], uniform[row])
+        lengths[row] += 1
     return ids
 
 

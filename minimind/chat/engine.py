@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, NamedTuple
 
-import torch
-
 from minimind.chat.inference import InferenceModel
 from minimind.chat.network import Stretch
 from minimind.chat.options import SamplingOptions
@@ -158,7 +156,6 @@ class Engine:
                 self._leave(request)
                 return
 
-    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Read on in waiting prompts, then draw a token for every request whose prompt is read."""
         self._read_prompts()

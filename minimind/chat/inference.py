@@ -39,12 +39,10 @@ class InferenceModel:
         """Memory for the keys and values of `rows` answers of up to `max_length` positions each."""
         return self.network.cache(rows, max_length)
 
-    @torch.inference_mode()
     def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: Cache) -> Tensor:
         """Feed a token to each of the first B rows of the cache: what may follow it, (B, V) in fp32."""
         return self.network.next_logits(ids, positions, cache)
 
-    @torch.inference_mode()
     def read(self, stretches: Sequence[Stretch], cache: Cache) -> None:
         """Take in stretches of the prompts of different rows."""
         self.network.read(stretches, cache)

@@ -15,7 +15,7 @@ from numba import prange
 
 from minimind.chat.tiles import ROWS, WIDTH, tile
 from minimind.chat.vectors import as_held, largest_of, total
-from minimind.loops import compiled
+from minimind.loops import compiled, inlined
 
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
 
@@ -59,7 +59,7 @@ def rms_norm(x, weight, eps):
     return out
 
 
-@compiled(inline="always")
+@inlined
 def rotate(pairs, rotation, out):
     """Multiply complex numbers (D,), real and imaginary parts in turn."""
     for i in range(len(pairs) // 2):  # in steps of 2 it would not become vectors
@@ -111,7 +111,7 @@ def keep_all(qkv, rotation, keys, values, rows, positions):
             keep(key, value, rotation[position], keys[row, group], values[row, group], position)
 
 
-@compiled(inline="always")
+@inlined
 def attend_to(queries, rotation, keys, values, seen, later, out):
     """Attention of queries (R, D), to be rotated, to the first keys and values of their row and group.
 
@@ -129,7 +129,7 @@ def attend_to(queries, rotation, keys, values, seen, later, out):
         divide(attended[head], totals[head], out[head])
 
 
-@compiled(inline="always")
+@inlined
 def keep(key, value, rotation, keys, values, position):
     """Put a key (D,), rotated, and a value (D,) in their places among those of one row and group."""
     rotated = np.empty_like(key)
@@ -145,7 +145,7 @@ def divide(numbers, by, out):
         out[i] = numbers[i] / by
 
 
-@compiled(inline="always")
+@inlined
 def product(x, blocks, count, later):
     """x (M, I) times the first `count` of some blocks (B, ≥ I, WIDTH) → (M, count · WIDTH).
 
@@ -159,7 +159,7 @@ def product(x, blocks, count, later):
     return out
 
 
-@compiled(inline="always")
+@inlined
 def exp_of_scores(scores, count, factor):
     """Replace the first scores by e to `factor` times what each is above the largest; their sum."""
     largest = largest_of(scores[:count])

@@ -45,9 +45,11 @@ class Operations:
     def cache(self, rows: int, max_length: int) -> KVCache:
         return KVCache(self.config, self.rotation, rows, max_length, self.dtype)
 
+    @torch.inference_mode()
     def next_logits(self, ids: Sequence[int], positions: Sequence[int], cache: KVCache) -> Tensor:
         return self.head(self.norm(self._hidden(ids, cache.one_token_each(positions)))).float()
 
+    @torch.inference_mode()
     def read(self, stretches: Sequence[Stretch], cache: KVCache) -> None:
         self._hidden([token for stretch in stretches for token in stretch.ids], cache.stretches(stretches))
 

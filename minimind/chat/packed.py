@@ -34,9 +34,9 @@ class PackedNetwork:
         pack = PACKS[weights]
         self.config = model.config
         self.held = np.uint16 if HALVES and weights != "fp32" else np.float32  # keys and values; bits of fp16
+        self.embedding = model.model.embed_tokens.weight.float().clone().numpy()  # (V, H)
         rotation = rotation_table(model.model.rotary, self.config.max_position_embeddings)
         self.weights = decoder.Weights(
-            model.model.embed_tokens.weight.float().clone().numpy(),
             torch.view_as_real(rotation).flatten(1).numpy(),
             stacked([layer_weights(layer, self.config.head_dim, pack) for layer in model.model.layers]),
             model.model.norm.weight.clone().numpy(),
@@ -65,7 +65,8 @@ class PackedNetwork:
         self, ids: Sequence[int], rows: np.ndarray, positions: np.ndarray, cache: PackedCache, wanted: bool
     ) -> np.ndarray:
         share_threads()
-        return decoder.run(np.array(ids), self.weights, cache.keys, cache.values, rows, positions, wanted)
+        x = self.embedding.take(ids, 0)  # here, since a loop would not notice an id that there is not
+        return decoder.run(x, self.weights, cache.keys, cache.values, rows, positions, wanted)
 
 
 def stacked(parts: Sequence[Any]) -> Any:

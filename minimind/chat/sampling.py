@@ -77,10 +77,8 @@ class Sampler:
         rows = len(logits)
         uniform = np.array(self.uniform(rows))
         share_threads()
-        ids = draw(logits.cpu().numpy(), self.said[:rows], self.knobs[:rows], uniform)
-        self.said[np.arange(rows), self.lengths[:rows] % PENALTY_WINDOW] = ids
-        self.lengths[:rows] += 1
-        return ids.tolist()
+        state = self.said[:rows], self.lengths[:rows], self.knobs[:rows]
+        return draw(logits.cpu().numpy(), *state, uniform).tolist()
 
 
 class TokenLogprobs(NamedTuple):
