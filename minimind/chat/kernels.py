@@ -19,7 +19,6 @@ from minimind.loops import compiled, inlined
 
 EXP_LIMIT = 87  # e to the 89 is no fp32 number, and to the -88 none of full precision
 
-
 _known = threading.local()  # how many threads `share_threads` has told Numba of
 
 

@@ -179,7 +179,7 @@ def test_code_is_old_when_a_file_beside_it_changes(tmp_path, monkeypatch):
 
 ATTENTION = """
 import hashlib, numpy as np
-from minimind.chat import draws, kernels, vectors
+from minimind.chat import draws, kernels
 random = np.random.default_rng(0)
 qkv, rotation = (random.standard_normal(shape, np.float32) for shape in ((16, 12, 64), (160, 64)))
 keys = random.integers(0, 15000, (16, 2, 5 * 32 // kernels.WIDTH, 64, kernels.WIDTH), np.uint16)
@@ -205,7 +205,7 @@ def test_kept_code_rounds_as_it_did_when_it_was_made(monkeypatch, tmp_path):
 THREADS = """
 import torch
 from minimind import loops
-from minimind.chat import draws, kernels, vectors
+from minimind.chat import draws, kernels
 torch.set_num_threads(1)
 kernels.share_threads()
 print(torch.get_num_threads(), kernels.numba.get_num_threads())
