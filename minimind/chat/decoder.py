@@ -1,11 +1,11 @@
 """A CPU's network in one call, which Numba compiles: for the next token of a few answers, or for prompts.
 
 A token is so little work that calling PyTorch's operations one by one takes longer than what they do. Even a
-call for each layer took a sixth of the time, to hand over its arrays. The first call on a machine compiles,
-for some seconds; the code is kept beside this file or in the user's cache.
+call for each layer took up to a seventh of the time, to hand over its arrays. The first call on a machine
+compiles, for some seconds; the code is kept beside this file or in the user's cache.
 
-Shapes: M tokens of any rows, L layers, I inputs, H hidden size, E experts, N query heads, K key/value heads,
-D head width, V vocabulary. Numbers are fp32 where nothing else is said.
+Shapes: M tokens of any rows, H hidden size, E experts, S that all tokens visit, D head width, V vocabulary.
+Numbers are fp32 where nothing else is said.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MLPWeights(NamedTuple):
 class MixtureWeights(NamedTuple):
     top_k: int
     gate: np.ndarray  # (E, H)
-    experts: MLPWeights  # (E + S, …): those that the gate sends tokens to, then S that all visit
+    experts: MLPWeights  # (E + S, …): first those that the gate sends tokens to
 
 
 class LayerWeights(NamedTuple):

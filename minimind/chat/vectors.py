@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 LANES = 16 if "+avx512f" in FEATURES else 8  # numbers of fp32 in a register
 MOST = 65504  # the largest number of fp16
+MAGNITUDE = 0x7FFFFFFF  # all bits of a number but its sign; such are ordered as the numbers are
+FIRST = -1  # what `in_order` puts before all others
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -150,9 +152,6 @@ def in_order(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
 def magnitude(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     return builder.and_(bits, ir.Constant(bits.type, [MAGNITUDE] * LANES))
 
-
-MAGNITUDE = 0x7FFFFFFF  # all bits of a number but its sign; such are ordered as the numbers are
-FIRST = -1  # what `in_order` puts before all others
 
 total = reduction(F32, lambda builder, first, second: builder.fadd(first, second), 0.0, as_they_are)
 # One that is no number, if there is any.

@@ -55,8 +55,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> EncodedBlock:
     """Parse, check and tokenise the lines of `block`."""
     records, bad_records = parse_block(block, kind, file)
-    encode = _encode_texts if kind == "pretrain" else _encode_chats
-    tokens, weights, lengths, utf8_bytes = encode([record for _, record in records], kind, tokenizer)
+    found: list[Any] = [record for _, record in records]
+    documents = (
+        _encode_texts(found, tokenizer) if kind == "pretrain" else _encode_chats(found, kind, tokenizer)
+    )
+    tokens, weights, lengths, utf8_bytes = documents
     tokens = tokens.astype(token_dtype(tokenizer.vocab_size))
     per_record = 2 if kind == "preference" else 1
     ends = lengths.reshape(-1, per_record).sum(axis=1).cumsum()
@@ -77,7 +80,7 @@ def encode_block(block: Block, kind: Kind, file: str, tokenizer: Tokenizer) -> E
 Documents = tuple[np.ndarray, np.ndarray | None, np.ndarray, int]
 
 
-def _encode_texts(records: list[Any], kind: Kind, tokenizer: Tokenizer) -> Documents:
+def _encode_texts(records: list[Any], tokenizer: Tokenizer) -> Documents:
     texts = [record.text for record in records]
     tokens = tokenizer.encode_documents(texts)
     lengths = np.diff(tokenizer.document_ends(tokens), prepend=0)

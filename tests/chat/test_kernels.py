@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numba import njit
 from numba.core import caching
 
 from minimind import loops
@@ -20,7 +21,6 @@ from minimind.chat.network import Stretch
 from minimind.chat.operations import Attention, KVCache
 from minimind.chat.options import WEIGHTS
 from minimind.chat.tiles import WIDTH
-from minimind.loops import compiled
 from minimind.paths import ROOT
 
 from .models import DENSE, SHAPES, random_model
@@ -104,7 +104,7 @@ def test_attention_is_that_of_pytorchs_operations(weights, tolerance, shape):
 )
 def test_the_first_place_of_the_largest(numbers):
     numbers = np.array(numbers, np.float32)
-    largest_of = compiled()(lambda numbers: vectors.largest_of(numbers))
+    largest_of = njit(lambda numbers: vectors.largest_of(numbers))  # not kept, so always of today's code
     assert largest_of(numbers) == numbers.max()
     assert draws.place_of(numbers.max(), numbers) == numbers.argmax()
     assert np.isnan(largest_of(np.append(numbers, np.float32(np.nan))))
